@@ -1,0 +1,81 @@
+"""What the system is about: queries, documents, grades, and the collection that holds them.
+
+Nothing here reads a file or touches a device; readers are in `sources`, text views in `verticals`.
+
+Axis letters, the same in einsums, types and comments everywhere: `b` batch, `t` query-side positions, `s` key-side
+positions, `d` embed_dim, `f` mlp_dim, `n` heads, `k` kv heads, `g` heads per kv head, `h` head_dim, `v` vocab,
+`l` layers, `q` queries, `c` candidates per query, `p` prefix positions, `e` embedding size, `r` LoRA rank.
+"""
+
+import dataclasses
+import hashlib
+import json
+from collections.abc import Mapping
+
+NUM_GRADES = 5
+MAX_GRADE = NUM_GRADES - 1
+SPLITS = ("train", "validation", "test")
+
+FieldValue = str | int | float | bool | list[str]
+Qrels = dict[str, dict[str, int]]
+"""{query id: {document id: grade}}; a pair that is absent has grade 0."""
+Run = dict[str, dict[str, float]]
+"""{query id: {document id: score}}; higher is better."""
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Query:
+    id: str
+    text: str
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Document:
+    id: str
+    fields: Mapping[str, FieldValue]
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Grade:
+    """One judged pair, `grade` in 0..4."""
+
+    query_id: str
+    document_id: str
+    grade: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Collection:
+    """Queries, documents and grades with their fixed splits.
+
+    `query_split` maps every query to train, validation or test. `unseen_documents` take no part in training,
+    mining or calibration; they are in the corpus that is searched. `notice` is the attribution and what is derived.
+    """
+
+    name: str
+    queries: Mapping[str, Query]
+    documents: Mapping[str, Document]
+    qrels: Qrels
+    query_split: Mapping[str, str]
+    unseen_documents: frozenset[str] = frozenset()
+    notice: str = ""
+
+    def split(self, name: str) -> list[Query]:
+        """The queries of one split, in the collection's order."""
+        return [query for query in self.queries.values() if self.query_split[query.id] == name]
+
+    def grade(self, query_id: str, document_id: str) -> int:
+        return self.qrels.get(query_id, {}).get(document_id, 0)
+
+    def fingerprint(self) -> str:
+        """Twelve hex digits that change when any query, document, grade or split does."""
+        digest = hashlib.sha256()
+        for part in (
+            {key: query.text for key, query in self.queries.items()},
+            {key: dict(document.fields) for key, document in self.documents.items()},
+            self.qrels,
+            dict(self.query_split),
+            sorted(self.unseen_documents),
+        ):
+            digest.update(json.dumps(part, sort_keys=True, ensure_ascii=False).encode())
+        return digest.hexdigest()[:12]
