@@ -116,7 +116,7 @@ class ItemLattice:
     def __init__(self, lengths: Buckets, *, max_batch_tokens: int) -> None:
         if max_batch_tokens < lengths.largest:
             raise InputError(
-                f"max_batch_tokens is {max_batch_tokens}, one item may have {lengths.largest} tokens; raise it"
+                f"max_batch_tokens is {max_batch_tokens}, an item may have {lengths.largest} tokens; raise it"
             )
         self.lengths = lengths
         self.counts = {length: _counts(max_batch_tokens // length) for length in lengths.sizes}
