@@ -1,0 +1,155 @@
+"""What one field of application changes: views, policy, prompts, threshold; and a document as text.
+
+A vertical is a folder, read by path: `vertical.toml`, `policy.md`, `prompts/judge.txt`, `prompts/ranker.txt`.
+No code knows the name of one. How prompts are filled is in `prompts`, where documents come from in `sources`.
+"""
+
+import dataclasses
+import os
+import tomllib
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from jaxsearch.data.prompts import PromptTemplate
+from jaxsearch.data.records import MAX_GRADE, Document, FieldValue
+from jaxsearch.errors import InputError
+
+_ENDS = (".", "!", "?", ":", ";")
+
+
+@dataclasses.dataclass(frozen=True)
+class Vertical:
+    """One vertical, as its folder states it.
+
+    Attributes:
+        name: its name, in reports and model cards.
+        directory: the folder it was read from.
+        views: for each named view of a document, its fields in the order in which they are read.
+        query_instruction: what stands before a query when the encoder embeds it; may be empty.
+        relevant_threshold: the least grade, 1..4, that counts as relevant.
+        policy: the grading policy, for people and for the judge.
+        prompts: templates by name, "judge" and "ranker".
+    """
+
+    name: str
+    directory: Path
+    views: Mapping[str, tuple[str, ...]]
+    query_instruction: str
+    relevant_threshold: int
+    policy: str
+    prompts: Mapping[str, PromptTemplate]
+
+    def document_text(self, document: Document, view: str) -> str:
+        """The text of a document in one of the views.
+
+        Raises:
+            InputError: no such view, or the document lacks one of its fields.
+        """
+        if view not in self.views:
+            raise InputError(
+                f"vertical {self.name} has no view {view!r}; it has {', '.join(sorted(self.views))}"
+            )
+        return document_text(document, self.views[view])
+
+
+def load_vertical(directory: str | os.PathLike[str]) -> Vertical:
+    """Reads a vertical's folder.
+
+    Raises:
+        InputError: a file is missing or not UTF-8, a key is missing, unknown or of the wrong type, a template
+        is wrong;
+            with the file's name.
+    """
+    directory = Path(directory)
+    file = directory / "vertical.toml"
+    try:
+        stated = tomllib.loads(_read(file))
+    except tomllib.TOMLDecodeError as error:
+        raise InputError(f"{file} is not TOML: {error}") from error
+    kinds: dict[str, type] = {"name": str, "query_instruction": str, "relevant_threshold": int, "views": dict}
+    problems = [f"unknown key {key!r}" for key in stated.keys() - kinds.keys()]
+    for key, kind in kinds.items():
+        if key not in stated:
+            problems.append(f"key {key!r} is missing")
+        elif not isinstance(stated[key], kind) or isinstance(stated[key], bool):
+            problems.append(f"{key} must be a {kind.__name__}, not {stated[key]!r}")
+    if not problems:
+        problems = _check_values(stated)
+    if problems:
+        raise InputError(f"{file}: {'; '.join(sorted(problems))}")
+    prompts = {}
+    for name in ("judge", "ranker"):
+        template = directory / "prompts" / f"{name}.txt"
+        try:
+            prompts[name] = PromptTemplate.from_text(_read(template))
+        except InputError as error:
+            raise InputError(f"{template}: {error}") from error
+    return Vertical(
+        name=stated["name"],
+        directory=directory,
+        views={name: tuple(fields) for name, fields in stated["views"].items()},
+        query_instruction=stated["query_instruction"],
+        relevant_threshold=stated["relevant_threshold"],
+        policy=_read(directory / "policy.md").strip(),
+        prompts=prompts,
+    )
+
+
+def document_text(document: Document, fields: Sequence[str]) -> str:
+    """The chosen fields of a document as one line of text.
+
+    A list is joined by "; ", numbers have at most two decimals, truth values are True or False, and each
+    field ends as a sentence does. Empty fields leave nothing behind.
+
+    Raises:
+        InputError: the document has no field of that name.
+
+    Example:
+        >>> baker = Document("1", {"title": "Baker", "tasks": ["Mix dough.", "Bake."]})
+        >>> document_text(baker, ["title", "tasks"])
+        'Baker. Mix dough; Bake.'
+    """
+    parts = []
+    for field in fields:
+        if field not in document.fields:
+            raise InputError(
+                f"document {document.id} has no field {field!r}; it has {', '.join(sorted(document.fields))}"
+            )
+        text = _field_text(document.fields[field])
+        if text:
+            parts.append(text if text.endswith(_ENDS) else f"{text}.")
+    return " ".join(parts)
+
+
+def _field_text(value: FieldValue) -> str:
+    if isinstance(value, list):
+        items = [" ".join(item.split()).removesuffix(".") for item in value]
+        return "; ".join(item for item in items if item)
+    if isinstance(value, float):
+        return f"{value:.2f}".rstrip("0").rstrip(".")
+    return " ".join(str(value).split())
+
+
+def _check_values(stated: Mapping[str, Any]) -> list[str]:
+    problems = []
+    if not 1 <= stated["relevant_threshold"] <= MAX_GRADE:
+        problems.append(f"relevant_threshold must be 1..{MAX_GRADE}, not {stated['relevant_threshold']}")
+    if not stated["views"]:
+        problems.append("views must name one view at least")
+    for name, fields in stated["views"].items():
+        if not (isinstance(fields, list) and fields and all(isinstance(field, str) for field in fields)):
+            problems.append(f"view {name!r} must be a list of field names, not {fields!r}")
+    return problems
+
+
+def _read(file: Path) -> str:
+    try:
+        return file.read_text(encoding="utf-8")
+    except FileNotFoundError as error:
+        raise InputError(
+            f"{file} is missing: a vertical is a folder with vertical.toml, policy.md, prompts/judge.txt and "
+            "prompts/ranker.txt"
+        ) from error
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"cannot read {file}: {error}") from error
