@@ -1,0 +1,97 @@
+"""Attention as pure functions: dense, with its log-sum-exp, merged, over a shared prefix.
+
+Query heads come grouped by the key/value head that they read: queries [... t k g h], keys and values
+[... s k h]. Scores, softmax and merge are float32; products take the inputs' dtype and accumulate in float32.
+A row whose mask is False everywhere gives 0 and zero gradients. Projections, positions: see `transformer`.
+"""
+
+import math
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float
+
+from jaxsearch.nn.layers import matmul_precision
+
+EMPTY_LSE = -1e30
+"""Log-sum-exp of a row that attends to nothing: finite, so that merging never computes inf - inf."""
+
+
+def causal_mask(where: Bool[Array, "*b t"]) -> Bool[Array, "*b t t"]:
+    """Each position sees itself and what precedes it, of what `where` keeps."""
+    order = jnp.arange(where.shape[-1])
+    earlier = order[None, :] <= order[:, None]
+    return where[..., None, :] & jnp.expand_dims(earlier, tuple(range(where.ndim - 1)))
+
+
+def dense_attention(
+    queries: Float[Array, "*b t k g h"],
+    keys: Float[Array, "*b s k h"],
+    values: Float[Array, "*b s k h"],
+    mask: Bool[Array, "*b #t s"],
+) -> Float[Array, "*b t k g h"]:
+    """Softmax attention with scale 1/sqrt(h); `mask` True = attend. The result has the queries' dtype."""
+    return attention_with_lse(queries, keys, values, mask)[0].astype(queries.dtype)
+
+
+def attention_with_lse(
+    queries: Float[Array, "*b t k g h"],
+    keys: Float[Array, "*b s k h"],
+    values: Float[Array, "*b s k h"],
+    mask: Bool[Array, "*b #t s"],
+) -> tuple[Float[Array, "*b t k g h"], Float[Array, "*b t k g"]]:
+    """Attention in float32, and the log of its softmax denominator (`EMPTY_LSE` where nothing is attended).
+
+    The denominator divides after the product with the values: on [t h], not on [t s].
+    """
+    precision = matmul_precision(queries.dtype)
+    accumulate = {"precision": precision, "preferred_element_type": jnp.float32}
+    mask = jnp.expand_dims(mask, (-4, -3))
+    scores = jnp.einsum("...tkgh,...skh->...kgts", queries, keys, **accumulate)
+    scores = jnp.where(mask, scores * (1.0 / math.sqrt(queries.shape[-1])), EMPTY_LSE)
+    peak = jax.lax.stop_gradient(jnp.max(scores, axis=-1, keepdims=True))
+    weights = jnp.where(mask, jnp.exp(scores - peak), 0.0)
+    total = jnp.sum(weights, axis=-1, keepdims=True)
+    is_empty = total == 0.0
+    total = jnp.where(is_empty, 1.0, total)
+    lse = jnp.where(is_empty, EMPTY_LSE, peak + jnp.log(total))
+    attended = jnp.einsum("...kgts,...skh->...tkgh", weights.astype(values.dtype), values, **accumulate)
+    total, lse = (jnp.moveaxis(rows, -2, -4) for rows in (total, lse))  # [... k g t 1] → [... t k g 1]
+    return attended / total, lse[..., 0]
+
+
+def merge_attention(
+    first: Float[Array, "*b h"],
+    first_lse: Float[Array, "*b"],
+    second: Float[Array, "*b h"],
+    second_lse: Float[Array, "*b"],
+) -> Float[Array, "*b h"]:
+    """Attention over the union of two disjoint key sets, from the attention over each and its log-sum-exp.
+
+    Where both sets are empty both inputs are 0, and so is the result.
+    """
+    share = jax.nn.sigmoid(first_lse - second_lse)[..., None]
+    return share * first + (1.0 - share) * second
+
+
+def shared_prefix_attention(
+    queries: Float[Array, "q c t k g h"],
+    keys: Float[Array, "q c t k h"],
+    values: Float[Array, "q c t k h"],
+    mask: Bool[Array, "q c t t"],
+    *,
+    prefix_keys: Float[Array, "q s k h"],
+    prefix_values: Float[Array, "q s k h"],
+    prefix_where: Bool[Array, "q s"],
+) -> Float[Array, "q c t k g h"]:
+    """Every item of a query attends to the query's prefix and, under `mask`, to itself.
+
+    The prefix stays one array per query: its products contract all items at once, no copy per item is made.
+    The result has the queries' dtype and equals dense attention over the concatenation of prefix and item.
+    """
+    own, own_lse = attention_with_lse(queries, keys, values, mask)
+    num_queries, num_items, length = queries.shape[:3]
+    rows = queries.reshape(num_queries, num_items * length, *queries.shape[3:])  # [q (c t) k g h]
+    shared, shared_lse = attention_with_lse(rows, prefix_keys, prefix_values, prefix_where[:, None, :])
+    shared, shared_lse = shared.reshape(own.shape), shared_lse.reshape(own_lse.shape)
+    return merge_attention(shared, shared_lse, own, own_lse).astype(queries.dtype)

@@ -1,0 +1,291 @@
+"""The one decoder: Llama, Qwen2 and Qwen3 families, for encoder, judge and ranker.
+
+`Decoder(...)` runs whole sequences; `prefill` + `attend_prefix` run many items behind one shared prefix and
+give the same hidden states. The layers are one module whose parameters have a leading layer axis, scanned.
+Read-outs and losses live with the models; loading and saving in `convert`; adapters in `lora`.
+"""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.typing import DTypeLike
+from jaxtyping import Array, Bool, Float, Int
+
+from jaxsearch.errors import InputError
+from jaxsearch.nn.attention import causal_mask, dense_attention, shared_prefix_attention
+from jaxsearch.nn.layers import (
+    Embedding,
+    Linear,
+    RMSNorm,
+    RopeScaling,
+    matmul_precision,
+    rope_frequencies,
+    rotate,
+)
+
+FAMILIES = ("llama", "qwen2", "qwen3")
+
+
+@dataclasses.dataclass(frozen=True)
+class DecoderConfig:
+    """Shape and options of a decoder: `family` names the checkpoint layout, the options say what is computed.
+
+    Raises: InputError when the numbers do not fit together.
+    """
+
+    family: str
+    vocab_size: int
+    embed_dim: int
+    mlp_dim: int
+    num_layers: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    rope_theta: float = 10_000.0
+    rope_scaling: RopeScaling | None = None
+    norm_eps: float = 1e-6
+    max_positions: int = 2048
+    use_qk_norm: bool = False
+    use_qkv_bias: bool = False
+    use_output_bias: bool = False
+    use_mlp_bias: bool = False
+    tie_embeddings: bool = False
+
+    def __post_init__(self):
+        if self.family not in FAMILIES:
+            raise InputError(f"decoder family {self.family!r} is unknown; use one of {', '.join(FAMILIES)}")
+        if self.num_heads % self.num_kv_heads:
+            raise InputError(
+                f"num_heads {self.num_heads} must be a multiple of num_kv_heads {self.num_kv_heads}"
+            )
+        if self.head_dim % 2:
+            raise InputError(
+                f"head_dim {self.head_dim} must be even: rotary positions turn pairs of channels"
+            )
+
+
+class KeyValues(NamedTuple):
+    """Keys (rotated) and values of a prefix, per layer, and which of its positions count."""
+
+    k: Float[Array, "l q s k h"]
+    v: Float[Array, "l q s k h"]
+    where: Bool[Array, "q s"]
+
+    @property
+    def length(self) -> Int[Array, "q"]:
+        """Number of positions that count, in tokens."""
+        return jnp.sum(self.where, axis=-1, dtype=jnp.int32)
+
+
+class Attention(nnx.Module):
+    """Projections around an attention function; heads are [... t k g h] between them."""
+
+    def __init__(self, config: DecoderConfig, **common):
+        q_dim, kv_dim = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
+        into, bias = config.embed_dim, config.use_qkv_bias
+        self.q_proj = Linear(into, q_dim, axes=("embed", "heads"), use_bias=bias, **common)
+        self.k_proj = Linear(into, kv_dim, axes=("embed", "kv_heads"), use_bias=bias, **common)
+        self.v_proj = Linear(into, kv_dim, axes=("embed", "kv_heads"), use_bias=bias, **common)
+        out_bias = config.use_output_bias
+        self.o_proj = Linear(q_dim, into, axes=("heads", "embed"), use_bias=out_bias, **common)
+        norm: dict[str, Any] = {key: common[key] for key in ("rngs", "num_layers", "param_dtype")}
+        norm["eps"] = config.norm_eps
+        self.q_norm = RMSNorm(config.head_dim, **norm) if config.use_qk_norm else None
+        self.k_norm = RMSNorm(config.head_dim, **norm) if config.use_qk_norm else None
+        self.num_kv_heads, self.head_dim = config.num_kv_heads, config.head_dim
+
+    def __call__(self, inputs: Array, rotation: tuple[Array, Array], attend: Callable) -> tuple[Array, tuple]:
+        """Gives the output and this layer's (rotated keys, values), each [... t k h]."""
+        heads = (*inputs.shape[:-1], -1, self.head_dim)
+        queries, keys = self.q_proj(inputs).reshape(heads), self.k_proj(inputs).reshape(heads)
+        values = self.v_proj(inputs).reshape(heads)
+        if self.q_norm is not None and self.k_norm is not None:
+            queries, keys = self.q_norm(queries), self.k_norm(keys)
+        queries, keys = rotate(queries, *rotation), rotate(keys, *rotation)
+        grouped = queries.reshape(*inputs.shape[:-1], self.num_kv_heads, -1, self.head_dim)
+        attended = attend(grouped, keys, values)
+        return self.o_proj(attended.reshape(*inputs.shape[:-1], -1)), (keys, values)
+
+
+class GatedMlp(nnx.Module):
+    """down(silu(gate(x)) * up(x))."""
+
+    def __init__(self, config: DecoderConfig, **common):
+        narrow, wide, bias = config.embed_dim, config.mlp_dim, config.use_mlp_bias
+        self.gate_proj = Linear(narrow, wide, axes=("embed", "mlp"), use_bias=bias, **common)
+        self.up_proj = Linear(narrow, wide, axes=("embed", "mlp"), use_bias=bias, **common)
+        self.down_proj = Linear(wide, narrow, axes=("mlp", "embed"), use_bias=bias, **common)
+
+    def __call__(self, inputs: Array) -> Array:
+        return self.down_proj(jax.nn.silu(self.gate_proj(inputs)) * self.up_proj(inputs))
+
+
+class DecoderLayer(nnx.Module):
+    """Pre-norm attention and MLP, each added to its input."""
+
+    def __init__(self, config: DecoderConfig, *, rngs: nnx.Rngs, **common):
+        norm: dict[str, Any] = {key: common[key] for key in ("num_layers", "param_dtype")}
+        norm |= {"eps": config.norm_eps, "rngs": rngs}
+        self.input_layernorm = RMSNorm(config.embed_dim, **norm)
+        self.self_attn = Attention(config, rngs=rngs, **common)
+        self.post_attention_layernorm = RMSNorm(config.embed_dim, **norm)
+        self.mlp = GatedMlp(config, rngs=rngs, **common)
+
+    def __call__(self, inputs: Array, rotation: tuple[Array, Array], attend: Callable) -> tuple[Array, tuple]:
+        attended, key_values = self.self_attn(self.input_layernorm(inputs), rotation, attend)
+        middle = inputs + attended
+        return middle + self.mlp(self.post_attention_layernorm(middle)), key_values
+
+
+class Decoder(nnx.Module):
+    """Causal transformer from tokens to hidden states and logits.
+
+    Args:
+        config: shape and options.
+        rngs: source of the initial weights (normal, 0.02).
+        dtype: of the computation; norms, softmax, rotations and logits are float32 in any case.
+        param_dtype: of the stored weights.
+        use_remat: recompute layers in the backward pass; one layer's activations are held, not all.
+    """
+
+    def __init__(
+        self,
+        config: DecoderConfig,
+        *,
+        rngs: nnx.Rngs,
+        dtype: DTypeLike = jnp.float32,
+        param_dtype: DTypeLike = jnp.float32,
+        use_remat: bool = False,
+    ):
+        kinds: dict[str, Any] = {"dtype": dtype, "param_dtype": param_dtype}
+        self.config, self.use_remat = config, use_remat
+        self.embed_tokens = Embedding(config.vocab_size, config.embed_dim, rngs=rngs, **kinds)
+        self.layers = DecoderLayer(config, rngs=rngs, num_layers=config.num_layers, **kinds)
+        self.norm = RMSNorm(config.embed_dim, eps=config.norm_eps, rngs=rngs, param_dtype=param_dtype)
+        self.lm_head = (
+            None
+            if config.tie_embeddings
+            else Linear(config.embed_dim, config.vocab_size, axes=("embed", "vocab"), rngs=rngs, **kinds)
+        )
+
+    def __call__(
+        self, tokens: Int[Array, "b t"], *, where: Bool[Array, "b t"] | None = None
+    ) -> Float[Array, "b t d"]:
+        """Hidden states after the final norm. Positions count the kept tokens: padding changes no other row.
+
+        Args:
+            tokens: ids below vocab_size (others give NaN).
+            where: tokens that are there (default: all); rows of the others are finite and meaningless.
+        Raises: InputError for "dynamic" RoPE scaling and t > max_positions (see `rope_frequencies`).
+        """
+        if where is None:
+            where = jnp.ones(tokens.shape, bool)
+        return self._run_causal(tokens, where, keep_key_values=False)[0]
+
+    def prefill(
+        self, tokens: Int[Array, "q s"], where: Bool[Array, "q s"]
+    ) -> tuple[Float[Array, "q s d"], KeyValues]:
+        """Like a call, and keeps every layer's keys and values for `attend_prefix`."""
+        hidden, (k, v) = self._run_causal(tokens, where, keep_key_values=True)
+        return hidden, KeyValues(k, v, where)
+
+    def attend_prefix(
+        self, tokens: Int[Array, "q c t"], where: Bool[Array, "q c t"], prefix: KeyValues
+    ) -> Float[Array, "q c t d"]:
+        """Hidden states of items that each follow their query's prefix and do not see one another.
+
+        Equal to a call on prefix + item (fp32: within 1e-5) for the price of the item alone: the prefix's
+        keys and values are shared by a query's items, and differentiated through. A prefix may be empty.
+        """
+        self._check_length(prefix.where.shape[-1] + tokens.shape[-1])
+        mask = causal_mask(where)
+        start = prefix.length[:, None, None]
+
+        def attend(layer_prefix, queries, keys, values):
+            shared_keys, shared_values = layer_prefix
+            return shared_prefix_attention(
+                queries,
+                keys,
+                values,
+                mask,
+                prefix_keys=shared_keys,
+                prefix_values=shared_values,
+                prefix_where=prefix.where,
+            )
+
+        return self._run(tokens, start + _count(where), attend, (prefix.k, prefix.v), keep_key_values=False)[
+            0
+        ]
+
+    def logits(
+        self, hidden: Float[Array, "*b d"], token_ids: Int[Array, "k"] | None = None
+    ) -> Float[Array, "*b k"]:
+        """Output logits in float32, of the whole vocabulary or of `token_ids` alone (their rows only)."""
+        if self.lm_head is None:
+            table, equation = self.embed_tokens.weight[...], "...d,kd->...k"
+            table = table if token_ids is None else table[token_ids]
+        else:
+            table, equation = self.lm_head.columns(token_ids), "...d,dk->...k"
+        precision = matmul_precision(hidden.dtype)
+        table = table.astype(hidden.dtype)
+        return jnp.einsum(equation, hidden, table, precision=precision, preferred_element_type=jnp.float32)
+
+    def _run_causal(self, tokens: Array, where: Array, *, keep_key_values: bool) -> tuple[Array, tuple]:
+        self._check_length(tokens.shape[-1])
+        mask = causal_mask(where)
+
+        def attend(_, queries, keys, values):
+            return dense_attention(queries, keys, values, mask)
+
+        return self._run(tokens, _count(where), attend, (), keep_key_values=keep_key_values)
+
+    def _run(
+        self, tokens: Array, positions: Array, attend: Callable, per_layer: tuple, *, keep_key_values: bool
+    ) -> tuple[Array, tuple]:
+        """Embeds, scans the layers (`attend` gets its slice of `per_layer` first), applies the final norm."""
+        config = self.config
+        frequencies, amplitude = rope_frequencies(
+            config.head_dim, config.rope_theta, config.rope_scaling, config.max_positions
+        )
+        angles = positions[..., None].astype(jnp.float32) * jnp.expand_dims(
+            frequencies, range(positions.ndim)
+        )
+        rotation = jnp.cos(angles) * amplitude, jnp.sin(angles) * amplitude
+        structure, stacked = nnx.split(self.layers)
+
+        def step(hidden, inputs):
+            weights, extra = inputs
+            layer = nnx.merge(structure, weights)
+            hidden, key_values = layer(hidden, rotation, lambda *heads: attend(extra, *heads))
+            return hidden, key_values if keep_key_values else ()
+
+        if self.use_remat:
+            step = jax.checkpoint(step, prevent_cse=False)
+        hidden, key_values = jax.lax.scan(step, self.embed_tokens(tokens), (stacked, per_layer))
+        return self.norm(hidden), key_values
+
+    def _check_length(self, length: int) -> None:
+        config = self.config
+        if config.rope_scaling is None or config.rope_scaling.rope_type != "dynamic":
+            return
+        if length > config.max_positions:
+            raise InputError(
+                f"{length} positions with dynamic RoPE scaling, whose limit here is max_positions = "
+                f"{config.max_positions}; shorten the input or use a model with yarn or llama3 scaling"
+            )
+
+
+def last_hidden(hidden: Float[Array, "*b t d"], where: Bool[Array, "*b t"]) -> Float[Array, "*b d"]:
+    """The hidden state of each row's last kept position (of position t - 1 where nothing is kept)."""
+    trailing = jnp.argmax(jnp.flip(where, axis=-1), axis=-1)
+    last = where.shape[-1] - 1 - trailing
+    return jnp.take_along_axis(hidden, last[..., None, None], axis=-2)[..., 0, :]
+
+
+def _count(where: Array) -> Array:
+    """Positions from 0 over the kept tokens; padding repeats its predecessor's."""
+    return jnp.maximum(jnp.cumsum(where, axis=-1, dtype=jnp.int32) - 1, 0)
