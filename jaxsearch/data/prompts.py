@@ -66,8 +66,8 @@ class PromptTemplate:
             raise InputError("a prompt template needs the slot {query}")
         if not item.partition("{document}")[2].strip():
             raise InputError(
-                "the item part of a prompt template needs the slot {document} and text after it, up to where the "
-                "model answers"
+                "the item part of a prompt template needs the slot {document} and text after it, up to "
+                "where the model answers"
             )
         return cls(text, shared, item)
 
@@ -83,6 +83,15 @@ class EncodedItem:
 
     tokens: list[int]
     truncated: bool
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class PromptTokens:
+    """A whole prompt: the shared prefix, and per item its tokens and whether its document was cut."""
+
+    prefix: tuple[int, ...]
+    items: list[list[int]]
+    truncated: list[bool]
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -120,8 +129,8 @@ class PromptEncoder:
             size = sum(len(piece) for piece in pieces if isinstance(piece, list))
             if size + (part == "item") > limit:
                 raise InputError(
-                    f"the {part} part of the prompt template takes {size} tokens before its slots are filled, "
-                    f"but max_{part}_tokens is {limit}: raise the limit or shorten the template"
+                    f"the {part} part of the prompt template takes {size} tokens before its slots are "
+                    f"filled, but max_{part}_tokens is {limit}: raise the limit or shorten the template"
                 )
 
     def encode_shared(self, **slots: str) -> list[int]:
@@ -174,8 +183,14 @@ class PromptEncoder:
             encoded.append(EncodedItem(self._fill(self._item, filled), excess > 0))
         return encoded
 
+    def encode(self, shared: Mapping[str, str], items: Sequence[Mapping[str, str]]) -> PromptTokens:
+        """`encode_shared` and `encode_items` in one: what one scoring request needs."""
+        encoded = self.encode_items(items)
+        prefix = tuple(self.encode_shared(**shared))
+        return PromptTokens(prefix, [item.tokens for item in encoded], [item.truncated for item in encoded])
+
     def _pieces(self, text: str) -> list[_Piece]:
-        """Literal tokens and slots in turn; a space before a slot goes with the slot, as tokenizers like it."""
+        """Literal tokens and slots in turn; a space before a slot goes with the slot, as tokenizers like."""
         pieces: list[_Piece] = []
         parts = _SLOT.split(text)
         for index in range(0, len(parts), 2):
