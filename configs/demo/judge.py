@@ -1,0 +1,25 @@
+"""The demo's judge: SmolLM2-135M + LoRA on about 1,000 graded pairs of O*NET activities, short view.
+
+Command: python -m train.judge --config configs/demo/judge.py --workdir work/demo/judge
+Time: about 5 minutes on two cores (quick: one minute).
+Numbers: see report.json; so few pairs teach the scale and little more.
+"""
+
+from train.judge import JudgeConfig
+from train.loop import LoopConfig, OptimizerConfig
+
+
+def config() -> JudgeConfig:
+    return JudgeConfig(
+        loop=LoopConfig(num_steps=63),
+        optimizer=OptimizerConfig(learning_rate=5e-4, warmup_steps=5),
+    )
+
+
+def quick() -> JudgeConfig:
+    return JudgeConfig(
+        batch_pairs=8,
+        check_queries=4,
+        loop=LoopConfig(num_steps=6),
+        optimizer=OptimizerConfig(learning_rate=5e-4, warmup_steps=2),
+    )

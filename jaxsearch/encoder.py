@@ -1,0 +1,231 @@
+"""The bi-encoder: one network for queries and documents, its pooling, its loss, and its host-side use.
+
+`Encoder` is the trained module, `TextEncoder` puts a tokenizer and fixed shapes around it: texts in, unit vectors out.
+Which documents stand against a query is decided in `data.batches`; searching is `retrieval`.
+"""
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jaxtyping import Array, Bool, Float, Int
+
+from jaxsearch import checkpoints, losses
+from jaxsearch.data.batches import pad_tokens
+from jaxsearch.data.tokenizer import Tokenizer
+from jaxsearch.errors import InputError
+from jaxsearch.nn.bert import Bert
+from jaxsearch.nn.transformer import Decoder, last_hidden
+
+POOLINGS = ("mean", "last")
+ROWS = (1, 8, 64)
+"""Batch sizes that `TextEncoder` compiles: one query, a few, many."""
+LENGTHS = (16, 24, 32, 48, 64, 96, 128, 192, 256, 384)
+"""Padded lengths that it compiles, up to its maximum."""
+
+
+class Encoder(nnx.Module):
+    """Token ids to one embedding a row: backbone, pooling over real tokens, L2 normalisation."""
+
+    def __init__(self, backbone: Bert | Decoder, *, pooling: str = "mean"):
+        if pooling not in POOLINGS:
+            raise InputError(f"unknown pooling {pooling!r}: choose one of {', '.join(POOLINGS)}")
+        self.backbone = backbone
+        self.pooling = pooling
+
+    def __call__(self, tokens: Int[Array, "b t"], where: Bool[Array, "b t"]) -> Float[Array, "b e"]:
+        """Unit vectors in float32. A row without any real token gives a zero vector."""
+        hidden = self.backbone(tokens, where=where)
+        if self.pooling == "last":
+            pooled = last_hidden(hidden, where).astype(jnp.float32)
+        else:
+            weights = where.astype(jnp.float32)
+            total = jnp.einsum("btd,bt->bd", hidden.astype(jnp.float32), weights)
+            pooled = total / jnp.maximum(weights.sum(axis=-1, keepdims=True), 1.0)
+        return pooled * jax.lax.rsqrt(jnp.maximum((pooled**2).sum(axis=-1, keepdims=True), 1e-12))
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class EncoderBatch:
+    """q queries with m documents each, document 0 the positive; `allowed` from `data.batches.allowed_in_batch`."""
+
+    query_tokens: Int[Any, "q t"]
+    query_where: Bool[Any, "q t"]
+    document_tokens: Int[Any, "q m s"]
+    document_where: Bool[Any, "q m s"]
+    allowed: Bool[Any, "q n"]
+
+
+@dataclasses.dataclass(frozen=True)
+class EncoderLoss:
+    """InfoNCE over the batch plus a margin between a query's positive and its own negatives (system.md §2).
+
+    The published system states neither value; these were chosen on the validation queries.
+    """
+
+    temperature: float = 0.05
+    margin: float = 0.1
+    margin_weight: float = 0.2
+
+    def __call__(self, encoder: Encoder, batch: EncoderBatch):
+        num_queries, per_query, length = batch.document_tokens.shape
+        queries = encoder(batch.query_tokens, batch.query_where)
+        flat = encoder(
+            batch.document_tokens.reshape(-1, length), batch.document_where.reshape(-1, length)
+        )  # [q*m, e]
+        positive_index = jnp.arange(num_queries, dtype=jnp.int32) * per_query
+        contrastive = losses.info_nce(
+            queries, flat, positive_index, temperature=self.temperature, where=batch.allowed
+        )
+        own = jnp.einsum("qe,qme->qm", queries, flat.reshape(num_queries, per_query, -1))
+        margins = losses.margin_loss(own[:, :1], own[:, 1:], margin=self.margin).mean(axis=-1)
+        hits = (own[:, :1] > own[:, 1:]).all(axis=-1)
+        count = jnp.asarray(num_queries, jnp.float32)
+        metrics = {
+            "info_nce": contrastive.mean(),
+            "margin": margins.mean(),
+            "own_accuracy": hits.mean(dtype=jnp.float32),
+            "tokens": (batch.query_where.sum() + batch.document_where.sum()).astype(jnp.float32),
+        }
+        return (contrastive + self.margin_weight * margins).sum(), count, metrics
+
+
+class TextEncoder:
+    """Texts to unit vectors, in compiled fixed shapes.
+
+    Args: `query_instruction` is put before every query (never before documents); longer texts are cut at
+    `max_query_tokens` / `max_document_tokens`.
+    """
+
+    def __init__(
+        self,
+        encoder: Encoder,
+        tokenizer: Tokenizer,
+        *,
+        query_instruction: str = "",
+        max_query_tokens: int = 64,
+        max_document_tokens: int = 256,
+        version: str = "",
+    ):
+        self.encoder = encoder
+        self.tokenizer = tokenizer
+        self.query_instruction = query_instruction
+        self.max_query_tokens = max_query_tokens
+        self.max_document_tokens = max_document_tokens
+        self.version = version
+        self._graphdef, self._state = nnx.split(encoder)
+        self._programs: dict[tuple[int, int], Callable] = {}
+
+    @property
+    def embed_dim(self) -> int:
+        return self.encoder.backbone.config.embed_dim
+
+    @property
+    def num_compilations(self) -> int:
+        return len(self._programs)
+
+    def compile(self, *, rows: Sequence[int] = ROWS, documents: bool = False) -> int:
+        """Compiles every query shape (with `documents`, every document shape too), so that no later call compiles.
+
+        Returns: the number of programs.
+        """
+        lengths = {*self._lengths(self.max_query_tokens)}
+        if documents:
+            lengths |= {*self._lengths(self.max_document_tokens)}
+        for length in sorted(lengths):
+            for count in rows:
+                self._program(count, length)
+        return self.num_compilations
+
+    def use_weights(self, encoder: Encoder) -> None:
+        """Embeds with this encoder's weights from now on; same shapes, so nothing is compiled again."""
+        self._state = nnx.state(encoder)
+
+    def embed_queries(self, texts: Sequence[str]) -> Float[np.ndarray, "q e"]:
+        return self._embed([self.query_instruction + text for text in texts], self.max_query_tokens)
+
+    def embed_documents(self, texts: Sequence[str]) -> Float[np.ndarray, "c e"]:
+        return self._embed(texts, self.max_document_tokens)
+
+    def encode_queries(self, texts: Sequence[str]) -> list[list[int]]:
+        """Token ids as the network sees them, instruction and special tokens included."""
+        return self._encode([self.query_instruction + text for text in texts], self.max_query_tokens)
+
+    def encode_documents(self, texts: Sequence[str]) -> list[list[int]]:
+        return self._encode(texts, self.max_document_tokens)
+
+    def _encode(self, texts: Sequence[str], maximum: int) -> list[list[int]]:
+        """Cut to `maximum`, the closing special token kept."""
+        rows = self.tokenizer.encode_batch(texts, special=True)
+        return [row if len(row) <= maximum else [*row[: maximum - 1], row[-1]] for row in rows]
+
+    @staticmethod
+    def _lengths(maximum: int) -> tuple[int, ...]:
+        return (*(length for length in LENGTHS if length < maximum), maximum)
+
+    def _embed(self, texts: Sequence[str], maximum: int) -> Float[np.ndarray, "c e"]:
+        rows = self._encode(texts, maximum)
+        order = sorted(range(len(rows)), key=lambda i: len(rows[i]))
+        out = np.zeros((len(rows), self.embed_dim), np.float32)
+        start = 0
+        while start < len(order):
+            left = len(order) - start
+            count = next((size for size in ROWS if size >= left), ROWS[-1])
+            picked = order[start : start + count]
+            chosen = [rows[i] for i in picked] + [[self.tokenizer.pad_id]] * (count - len(picked))
+            tokens, where = pad_tokens(chosen, pad_id=self.tokenizer.pad_id, lengths=self._lengths(maximum))
+            embeds = self._program(count, tokens.shape[1])(self._state, tokens, where)
+            out[picked] = np.asarray(embeds)[: len(picked)]
+            start += count
+        return out
+
+    def _program(self, count: int, length: int) -> Callable:
+        key = (count, length)
+        if key not in self._programs:
+
+            def embed(state, tokens, where):
+                return nnx.merge(self._graphdef, state)(tokens, where)
+
+            tokens = jax.ShapeDtypeStruct((count, length), jnp.int32)
+            where = jax.ShapeDtypeStruct((count, length), jnp.bool_)
+            self._programs[key] = jax.jit(embed).lower(self._state, tokens, where).compile()
+        return self._programs[key]
+
+
+def load_encoder(directory: str | Path, *, dtype=jnp.float32) -> TextEncoder:
+    """Reads an encoder folder written by `save_encoder`, or any BERT folder in the HF layout as it comes.
+
+    A folder without a card gets mean pooling and no instruction (what all-MiniLM-L6-v2 was trained with).
+    Raises: InputError when the folder holds another kind of model.
+    """
+    loaded = checkpoints.load_model(directory, dtype=dtype)
+    card = loaded.card or {"kind": "encoder"}
+    if card["kind"] != "encoder":
+        raise InputError(f"{directory} holds a {card['kind']}, not an encoder")
+    return TextEncoder(
+        Encoder(loaded.model, pooling=card.get("pooling", "mean")),
+        loaded.tokenizer,
+        query_instruction=card.get("query_instruction", ""),
+        max_query_tokens=card.get("max_query_tokens", 64),
+        max_document_tokens=card.get("max_document_tokens", 256),
+        version=checkpoints.model_version(directory),
+    )
+
+
+def save_encoder(directory: str | Path, text_encoder: TextEncoder, *, trained: dict[str, Any]) -> None:
+    """Writes the folder that `load_encoder` reads; `trained` says on what and how."""
+    card = {
+        "kind": "encoder",
+        "pooling": text_encoder.encoder.pooling,
+        "query_instruction": text_encoder.query_instruction,
+        "max_query_tokens": text_encoder.max_query_tokens,
+        "max_document_tokens": text_encoder.max_document_tokens,
+        "trained": trained,
+    }
+    checkpoints.save_model(directory, text_encoder.encoder.backbone, text_encoder.tokenizer, card)

@@ -1,0 +1,188 @@
+"""The ranker: a small decoder that reads query and document together and answers yes or no.
+
+The query's part of the prompt is one prefix shared by all its candidates, in training as in serving. `Ranker` is the
+trained module, `TextRanker` makes prompts from texts. Scoring at speed is `scoring.prefill`.
+"""
+
+import dataclasses
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jaxtyping import Array, Bool, Float, Int
+
+from jaxsearch import checkpoints, losses
+from jaxsearch.data.prompts import PromptEncoder, PromptTemplate, PromptTokens
+from jaxsearch.data.tokenizer import Tokenizer
+from jaxsearch.errors import InputError
+from jaxsearch.nn.transformer import Decoder, last_hidden
+
+LABELS = ("Yes", "No")
+
+
+class Ranker(nnx.Module):
+    """Prompt tokens to one logit a candidate: `l_yes - l_no` at its last token, so that p = sigmoid(logit)."""
+
+    def __init__(self, decoder: Decoder, *, label_ids: tuple[int, int]):
+        self.decoder = decoder
+        self.label_ids = label_ids
+
+    def __call__(
+        self,
+        prefix_tokens: Int[Array, "q p"],
+        prefix_where: Bool[Array, "q p"],
+        item_tokens: Int[Array, "q c t"],
+        item_where: Bool[Array, "q c t"],
+    ) -> Float[Array, "q c"]:
+        """Float32 logits. A candidate without any token gives a meaningless but finite logit."""
+        _, prefix = self.decoder.prefill(prefix_tokens, prefix_where)
+        hidden = self.decoder.attend_prefix(item_tokens, item_where, prefix)
+        logits = self.decoder.logits(last_hidden(hidden, item_where), jnp.asarray(self.label_ids, jnp.int32))
+        return logits[..., 0] - logits[..., 1]
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class RankerBatch:
+    """q queries with c candidates each; every label has its own `where`, so that any may be missing.
+
+    `teacher` is the judge's soft label in [0, 1]; `gold` is the human or derived grade divided by 4.
+    """
+
+    prefix_tokens: Int[Any, "q p"]
+    prefix_where: Bool[Any, "q p"]
+    item_tokens: Int[Any, "q c t"]
+    item_where: Bool[Any, "q c t"]
+    teacher: Float[Any, "q c"]
+    teacher_where: Bool[Any, "q c"]
+    gold: Float[Any, "q c"]
+    gold_where: Bool[Any, "q c"]
+
+
+@dataclasses.dataclass(frozen=True)
+class RankerLoss:
+    """Distillation from the judge + gold + list-wise term (system.md §3), each with its weight.
+
+    The point-wise terms compare sigmoid(logit) with a soft label. The list-wise term compares the softmax over a
+    query's candidates with that of its targets (gold where there is gold, else the teacher) divided by
+    `list_temperature`.
+    """
+
+    teacher_weight: float = 0.5
+    gold_weight: float = 0.5
+    list_weight: float = 1.0
+    list_temperature: float = 0.25
+
+    def __call__(self, ranker: Ranker, batch: RankerBatch):
+        logits = ranker(batch.prefix_tokens, batch.prefix_where, batch.item_tokens, batch.item_where)
+        teacher = losses.binary_distillation(logits, batch.teacher, where=batch.teacher_where)
+        gold = losses.binary_distillation(logits, batch.gold, where=batch.gold_where)
+        use_gold = batch.gold_where if self.gold_weight > 0 else jnp.zeros_like(batch.gold_where)
+        use_teacher = batch.teacher_where if self.teacher_weight > 0 else jnp.zeros_like(use_gold)
+        targets = jnp.where(use_gold, batch.gold, batch.teacher)
+        gains = jnp.exp(targets / self.list_temperature)
+        listwise = losses.listwise_softmax(logits, gains, where=use_gold | use_teacher)
+        count = jnp.asarray(logits.shape[0], jnp.float32)
+        per_query = (
+            self.teacher_weight * teacher.mean(axis=-1)
+            + self.gold_weight * gold.mean(axis=-1)
+            + self.list_weight * listwise
+        )
+        metrics = {
+            "teacher": teacher.mean(),
+            "gold": gold.mean(),
+            "listwise": listwise.mean(),
+            "tokens": (batch.prefix_where.sum() + batch.item_where.sum()).astype(jnp.float32),
+        }
+        return per_query.sum(), count, metrics
+
+
+class TextRanker:
+    """A ranker with its tokenizer and prompt. `label_ids` are the rows of the output matrix that scoring reads."""
+
+    def __init__(
+        self, ranker: Ranker, tokenizer: Tokenizer, prompt: PromptEncoder, *, view: str, version: str = ""
+    ):
+        self.ranker = ranker
+        self.tokenizer = tokenizer
+        self.prompt = prompt
+        self.view = view
+        self.version = version
+
+    @property
+    def decoder(self) -> Decoder:
+        return self.ranker.decoder
+
+    @property
+    def label_ids(self) -> tuple[int, int]:
+        return self.ranker.label_ids
+
+    def request(self, query_text: str, document_texts: Sequence[str]) -> PromptTokens:
+        """The prompt of one query: a shared prefix and one item a document."""
+        return self.prompt.encode({"query": query_text}, [{"document": text} for text in document_texts])
+
+    @staticmethod
+    def scores(label_logits: Float[np.ndarray, "c k"]) -> Float[np.ndarray, "c"]:
+        """Yes minus no, from the label rows that the scorer returns; unbounded, 0 = undecided."""
+        return label_logits[..., 0] - label_logits[..., 1]
+
+
+def new_ranker(
+    decoder: Decoder,
+    tokenizer: Tokenizer,
+    template: PromptTemplate,
+    *,
+    view: str,
+    max_shared_tokens: int,
+    max_item_tokens: int,
+) -> TextRanker:
+    """A ranker around a decoder that was not yet trained to rank."""
+    label_ids = (tokenizer.token_id(LABELS[0]), tokenizer.token_id(LABELS[1]))
+    prompt = PromptEncoder(
+        template,
+        tokenizer,
+        max_shared_tokens=max_shared_tokens,
+        max_item_tokens=max_item_tokens,
+    )
+    return TextRanker(Ranker(decoder, label_ids=label_ids), tokenizer, prompt, view=view)
+
+
+def load_ranker(directory: str | Path, *, dtype=jnp.float32) -> TextRanker:
+    """Reads a folder written by `save_ranker`.
+
+    Raises: InputError when the folder holds another kind of model.
+    """
+    loaded = checkpoints.load_model(directory, dtype=dtype)
+    card = loaded.card
+    if not card or card["kind"] != "ranker":
+        raise InputError(
+            f"{directory} holds {'a ' + card['kind'] if card else 'a model without a card'}, not a ranker"
+        )
+    text_ranker = new_ranker(
+        loaded.model,
+        loaded.tokenizer,
+        PromptTemplate.from_text(card["prompt_text"]),
+        view=card["view"],
+        max_shared_tokens=card["max_shared_tokens"],
+        max_item_tokens=card["max_item_tokens"],
+    )
+    text_ranker.version = checkpoints.model_version(directory)
+    return text_ranker
+
+
+def save_ranker(directory: str | Path, text_ranker: TextRanker, *, trained: dict[str, Any]) -> None:
+    """Writes the folder that `load_ranker` reads; `trained` says on what and how."""
+    card = {
+        "kind": "ranker",
+        "labels": list(LABELS),
+        "prompt_text": text_ranker.prompt.template.text,
+        "max_shared_tokens": text_ranker.prompt.max_shared_tokens,
+        "max_item_tokens": text_ranker.prompt.max_item_tokens,
+        "view": text_ranker.view,
+        "trained": trained,
+    }
+    checkpoints.save_model(directory, text_ranker.decoder, text_ranker.tokenizer, card)

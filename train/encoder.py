@@ -1,0 +1,184 @@
+"""Fine-tunes the bi-encoder: InfoNCE + margin, negatives by grade, hard negatives mined with the current model.
+
+    python -m train.encoder --config configs/encoder_onet.py --workdir work/encoder
+
+Training runs in rounds; before each, the current model mines its own hard negatives on the train queries. Writes
+`model/` and `report.json`.
+"""
+
+import dataclasses
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+from jaxsearch.data.sources import load_collection
+
+from jaxsearch.data.assets import resolve
+from jaxsearch.data.batches import (
+    CandidateSampler,
+    allowed_in_batch,
+    multiples,
+    pad_tokens,
+    shuffled,
+    step_batches,
+)
+from jaxsearch.data.records import Collection, Query, Run
+from jaxsearch.data.tokenizer import Tokenizer
+from jaxsearch.data.verticals import Vertical, document_text, load_vertical
+from jaxsearch.encoder import Encoder, EncoderBatch, EncoderLoss, TextEncoder, save_encoder
+from jaxsearch.metrics import rank_metrics
+from jaxsearch.nn.convert import load_pretrained
+from train.loop import LoopConfig, OptimizerConfig, fit
+from train.mining import mine, seen_qrels
+from train.options import run, write_json
+
+
+@dataclasses.dataclass(frozen=True)
+class EncoderConfig:
+    """The bi-encoder's data, batch, loss and rounds."""
+
+    collection: str = "onet_activities"
+    """A built-in collection or the folder of your own (BEIR, JSONL, Parquet)."""
+    vertical: str = "configs/verticals/onet_activities"
+    """Folder with fields, views, policy and prompts."""
+    view: str = "short"
+    """Which view of a document is embedded."""
+    backbone: str = "minilm"
+    """Asset, hub name or folder; a BERT, or a decoder with pooling=last."""
+    pooling: str = "mean"
+    """mean or last."""
+    rounds: int = 1
+    """Before each round the current model mines its own hard negatives; a round has its own schedule."""
+    batch_queries: int = 16
+    documents_per_query: int = 5
+    """One positive, the rest negatives by grade."""
+    mined_depth: int = 30
+    """How many of the model's best documents are looked at for hard negatives."""
+    max_query_tokens: int = 64
+    max_document_tokens: int = 128
+    provider: Literal["memory", "grain"] = "memory"
+    """Who builds batches: the loop when it needs them, or grain ahead of it."""
+    loss: EncoderLoss = dataclasses.field(default_factory=EncoderLoss)
+    loop: LoopConfig = dataclasses.field(default_factory=lambda: LoopConfig(num_steps=92))
+    """Steps of all rounds together."""
+    optimizer: OptimizerConfig = dataclasses.field(
+        default_factory=lambda: OptimizerConfig(learning_rate=5e-5)
+    )
+    seed: int = 0
+
+
+class EncoderData:
+    """Queries with one positive and negatives by grade; a batch is a function of its step."""
+
+    def __init__(
+        self,
+        encoder: TextEncoder,
+        collection: Collection,
+        vertical: Vertical,
+        mined: Run,
+        config: EncoderConfig,
+    ):
+        self.config = config
+        self.sampler = CandidateSampler(collection, threshold=vertical.relevant_threshold, mined=mined)
+        self.queries = [query.id for query in collection.split("train") if self.sampler.positives(query.id)]
+        encoded = encoder.encode_queries([collection.queries[key].text for key in self.queries])
+        self.query_tokens = dict(zip(self.queries, encoded, strict=True))
+        fields = vertical.views[config.view]
+        texts = [document_text(collection.documents[key], fields) for key in self.sampler.documents]
+        encoded = encoder.encode_documents(texts)
+        self.document_tokens = dict(zip(self.sampler.documents, encoded, strict=True))
+        self.pad_id = encoder.tokenizer.pad_id
+
+    def batch(self, step: int) -> EncoderBatch:
+        config = self.config
+        rows = shuffled(len(self.queries), config.batch_queries, step, seed=config.seed)
+        rng = np.random.default_rng((config.seed, step))
+        query_ids = [self.queries[i] for i in rows]
+        documents = [
+            [
+                str(rng.choice(self.sampler.positives(key))),
+                *self.sampler.negatives(key, config.documents_per_query - 1, rng),
+            ]
+            for key in query_ids
+        ]
+        query_tokens, query_where = pad_tokens(
+            [self.query_tokens[key] for key in query_ids],
+            pad_id=self.pad_id,
+            lengths=multiples(16, config.max_query_tokens),
+        )
+        tokens, where = pad_tokens(
+            [self.document_tokens[key] for keys in documents for key in keys],
+            pad_id=self.pad_id,
+            lengths=multiples(32, config.max_document_tokens),
+        )
+        shape = (len(query_ids), config.documents_per_query, -1)
+        return EncoderBatch(
+            query_tokens,
+            query_where,
+            tokens.reshape(shape),
+            where.reshape(shape),
+            allowed_in_batch(self.sampler, query_ids, documents),
+        )
+
+
+def validation_metrics(
+    encoder: TextEncoder, collection: Collection, vertical: Vertical, queries: list[Query], view: str
+) -> dict[str, float]:
+    """Means over queries, seen documents only: what a checkpoint may be chosen by."""
+    run_ = mine(encoder, collection, queries, vertical, view=view, depth=100)
+    values = rank_metrics(
+        seen_qrels(collection, queries),
+        run_,
+        threshold=vertical.relevant_threshold,
+        metrics=("ndcg@10", "recall@100"),
+    )
+    return {name: float(np.mean(list(per_query.values()))) for name, per_query in values.items()}
+
+
+def main(config: EncoderConfig, workdir: Path) -> None:
+    collection = load_collection(config.collection)
+    vertical = load_vertical(config.vertical)
+    directory = resolve(config.backbone)
+    encoder = Encoder(load_pretrained(directory), pooling=config.pooling)
+    tokenizer = Tokenizer.from_path(directory)
+
+    text_encoder = TextEncoder(
+        encoder,
+        tokenizer,
+        query_instruction=vertical.query_instruction,
+        max_query_tokens=config.max_query_tokens,
+        max_document_tokens=config.max_document_tokens,
+    )
+    train_queries, held_out = collection.split("train"), collection.split("validation")
+
+    def evaluate(model: Encoder) -> dict[str, float]:
+        text_encoder.use_weights(model)
+        return validation_metrics(text_encoder, collection, vertical, held_out, config.view)
+
+    report = {"before": evaluate(encoder)}
+    per_round = -(-config.loop.num_steps // config.rounds)
+    steps = 0
+    for number in range(config.rounds):
+        mined = mine(
+            text_encoder, collection, train_queries, vertical, view=config.view, depth=config.mined_depth
+        )
+        round_config = dataclasses.replace(config, seed=config.seed + number)
+        data = EncoderData(text_encoder, collection, vertical, mined, round_config)
+        result = fit(
+            encoder,
+            config.loss,
+            step_batches(data.batch, provider=config.provider),
+            loop=dataclasses.replace(config.loop, num_steps=per_round),
+            optimizer=config.optimizer,
+            workdir=workdir / f"round-{number}",
+            evaluate=evaluate,
+        )
+        steps += result.step
+        report[f"round-{number}"] = evaluate(encoder)
+    trained = {"collection": collection.fingerprint(), "steps": steps, "validation": report}
+    save_encoder(workdir / "model", text_encoder, trained=trained)
+    write_json(workdir / "report.json", report)
+
+
+if __name__ == "__main__":
+    run(main, EncoderConfig)

@@ -1,0 +1,180 @@
+"""Trains the relevance judge: LoRA on a frozen decoder, grades under a written policy.
+
+    python -m train.judge --config configs/judge_onet.py --workdir work/judge
+
+Writes `model/` (the merged judge, an ordinary HF folder with a card) and `report.json` (agreement with gold grades).
+"""
+
+import dataclasses
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+from flax import nnx
+from jaxsearch.data.sources import load_collection
+
+from jaxsearch.data.assets import resolve
+from jaxsearch.data.batches import multiples, pad_tokens, shuffled, step_batches
+from jaxsearch.data.tokenizer import Tokenizer
+from jaxsearch.data.verticals import load_vertical
+from jaxsearch.judge import (
+    JudgeBatch,
+    JudgeLoss,
+    TextJudge,
+    expected_grade,
+    grade_probs,
+    grade_targets,
+    new_judge,
+    save_judge,
+)
+from jaxsearch.metrics import clustered_interval, weighted_kappa
+from jaxsearch.nn.convert import load_pretrained
+from jaxsearch.nn.lora import LoRAParam, add_lora, merge_lora
+from jaxsearch.scoring.prefill import ScoreRequest
+from train.loop import LoopConfig, OptimizerConfig, fit
+from train.mining import load_retriever, offline_scorer, pair_texts, sample_pairs
+from train.options import run, write_json
+
+
+@dataclasses.dataclass(frozen=True)
+class JudgeConfig:
+    """The judge's base, adapter, pairs and loss."""
+
+    collection: str = "onet_activities"
+    """A built-in collection or the folder of your own (BEIR, JSONL, Parquet); its grades are the gold."""
+    vertical: str = "configs/verticals/onet_activities"
+    """Folder with fields, views, policy and prompts."""
+    view: str = "short"
+    """Which view of a document is read."""
+    base: str = "smollm2"
+    """Asset, hub name or folder of the decoder."""
+    retriever: str = "minilm"
+    """Whose best documents become hard negatives."""
+    lora_rank: int = 16
+    lora_alpha: float = 32.0
+    """The adapter's output is multiplied by alpha / rank."""
+    lora_targets: str = r"(q|k|v|o|gate|up|down)_proj"
+    """Regular expression over the paths of the kernels that get an adapter."""
+    pairs_per_query: int = 8
+    mined_depth: int = 30
+    """How many of the retriever's best documents are looked at for hard negatives."""
+    batch_pairs: int = 16
+    grade_smoothing: float = 0.1
+    """Share of the target that goes to the neighbouring grades."""
+    max_shared_tokens: int = 512
+    max_item_tokens: int = 160
+    """Longer documents are cut at their end."""
+    check_queries: int = 25
+    """Held-out queries of each split on which agreement is measured, `pairs_per_query` pairs each."""
+    provider: Literal["memory", "grain"] = "memory"
+    """Who builds batches: the loop when it needs them, or grain ahead of it."""
+    loop: LoopConfig = dataclasses.field(default_factory=lambda: LoopConfig(num_steps=64))
+    optimizer: OptimizerConfig = dataclasses.field(
+        default_factory=lambda: OptimizerConfig(learning_rate=5e-4)
+    )
+    seed: int = 0
+
+
+class JudgeData:
+    """Graded pairs as batches; a batch is a function of its step."""
+
+    def __init__(
+        self, judge: TextJudge, texts: list[tuple[str, str]], grades: list[int], config: JudgeConfig
+    ):
+        encoded = judge.pairs(texts)
+        self.policy_tokens = encoded.prefix
+        self.items = encoded.items
+        self.targets = grade_targets(grades, smoothing=config.grade_smoothing)
+        self.pad_id = judge.tokenizer.pad_id
+        self.config = config
+
+    def batch(self, step: int) -> JudgeBatch:
+        config = self.config
+        rows = shuffled(len(self.items), config.batch_pairs, step, seed=config.seed)
+        tokens, where = pad_tokens(
+            [self.items[i] for i in rows], pad_id=self.pad_id, lengths=multiples(32, config.max_item_tokens)
+        )
+        return JudgeBatch(tokens, where, self.targets[rows])
+
+
+def agreement(
+    judge: TextJudge, texts: list[tuple[str, str]], grades: list[int], groups: list[str]
+) -> dict[str, float]:
+    """Linear weighted kappa against the gold grades, with a 95 % interval that resamples `groups` (queries)."""
+    encoded = judge.pairs(texts)
+    scorer = offline_scorer(judge)
+    logits = scorer.score([ScoreRequest(encoded.prefix, encoded.items)])[0]
+    predicted = np.rint(expected_grade(grade_probs(logits))).astype(int)
+    gold = np.array(grades)
+    low, high = clustered_interval(lambda rows: weighted_kappa(gold[rows], predicted[rows]), groups)
+    return {
+        "weighted_kappa": float(weighted_kappa(gold, predicted)),
+        "weighted_kappa_low": low,
+        "weighted_kappa_high": high,
+        "accuracy": float((gold == predicted).mean()),
+        "pairs": float(len(grades)),
+    }
+
+
+def main(config: JudgeConfig, workdir: Path) -> None:
+    collection = load_collection(config.collection)
+    vertical = load_vertical(config.vertical)
+    base = resolve(config.base)
+    decoder = load_pretrained(base)
+    judge = new_judge(
+        decoder,
+        Tokenizer.from_path(base),
+        vertical.prompts["judge"],
+        policy=vertical.policy,
+        view=config.view,
+        max_shared_tokens=config.max_shared_tokens,
+        max_item_tokens=config.max_item_tokens,
+    )
+    add_lora(
+        decoder,
+        rank=config.lora_rank,
+        alpha=config.lora_alpha,
+        targets=config.lora_targets,
+        rngs=nnx.Rngs(config.seed),
+    )
+    retriever = load_retriever(config.retriever)
+
+    def sample(split: str, num_queries: int) -> tuple[list[tuple[str, str]], list[int], list[str]]:
+        pairs = sample_pairs(
+            collection,
+            vertical,
+            retriever,
+            split=split,
+            num_queries=num_queries,
+            per_query=config.pairs_per_query,
+            view=config.view,
+            depth=config.mined_depth,
+            seed=config.seed,
+        )
+        texts = pair_texts(collection, vertical, pairs, view=config.view)
+        return texts, [collection.grade(*pair) for pair in pairs], [pair[0] for pair in pairs]
+
+    texts, grades, _ = sample(
+        "train", -(-config.loop.num_steps * config.batch_pairs // config.pairs_per_query)
+    )
+    data = JudgeData(judge, texts, grades, config)
+    result = fit(
+        judge.judge,
+        JudgeLoss(data.policy_tokens),
+        step_batches(data.batch, provider=config.provider),
+        loop=config.loop,
+        optimizer=config.optimizer,
+        workdir=workdir,
+        trainable=LoRAParam,
+    )
+    merge_lora(decoder)
+    report = {
+        split: agreement(judge, *sample(split, config.check_queries)) for split in ("validation", "test")
+    }
+    trained = {"collection": collection.fingerprint(), "steps": result.step, "agreement": report}
+    save_judge(workdir / "model", judge, trained=trained)
+    write_json(workdir / "report.json", report)
+
+
+if __name__ == "__main__":
+    run(main, JudgeConfig)

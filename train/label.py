@@ -1,0 +1,179 @@
+"""Labels pairs with a trained judge, in resumable shards.
+
+    python -m train.label --config configs/label_onet.py --workdir work/labels --set judge=work/judge/model
+
+Each line of `labels-*.jsonl`: query_id, document_id, grade_probs, expected_grade, soft_label, judge_version,
+prompt_hash. A shard appears whole or not at all, so a killed run continues with no pair twice and none lost.
+"""
+
+import dataclasses
+import hashlib
+import json
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+from jaxsearch.data.sources import load_collection, read_pairs
+
+from jaxsearch.data.records import Collection
+from jaxsearch.data.verticals import Vertical, load_vertical
+from jaxsearch.errors import InputError
+from jaxsearch.judge import TextJudge, expected_grade, grade_probs, load_judge, soft_label
+from jaxsearch.scoring.prefill import PrefillScorer, ScoreRequest
+from train.mining import load_retriever, offline_scorer, pair_texts, sample_pairs
+from train.options import progress, run, write_json
+
+
+@dataclasses.dataclass(frozen=True)
+class LabelConfig:
+    """Which pairs are labelled by which judge."""
+
+    judge: str = "work/judge/model"
+    """Folder of a trained judge."""
+    collection: str = "onet_activities"
+    """A built-in collection or the folder of your own (BEIR, JSONL, Parquet)."""
+    vertical: str = "configs/verticals/onet_activities"
+    """Folder with fields, views, policy and prompts."""
+    pairs: str = ""
+    """JSONL with query_id and document_id; empty: pairs of train queries are drawn as below."""
+    retriever: str = "minilm"
+    """Whose best documents become hard negatives."""
+    num_queries: int = 310
+    per_query: int = 8
+    """Documents of all grades for a query: graded ones, the retriever's best, random ones."""
+    mined_depth: int = 30
+    shard_pairs: int = 256
+    """Pairs a file; a killed run loses at most one file's work."""
+    seed: int = 0
+
+
+@dataclasses.dataclass(frozen=True)
+class Label:
+    """The judge's view of one pair: five probabilities and their mean as a relevance in [0, 1]."""
+
+    query_id: str
+    document_id: str
+    grade_probs: tuple[float, ...]
+    expected_grade: float
+    soft_label: float
+    judge_version: str
+    prompt_hash: str
+
+
+def label_pairs(
+    judge: TextJudge,
+    scorer: PrefillScorer,
+    collection: Collection,
+    vertical: Vertical,
+    pairs: Sequence[tuple[str, str]],
+) -> list[Label]:
+    encoded = judge.pairs(pair_texts(collection, vertical, pairs, view=judge.view))
+    probs = grade_probs(scorer.score([ScoreRequest(encoded.prefix, encoded.items)])[0].astype(np.float64))
+    return [
+        Label(
+            query_id,
+            document_id,
+            tuple(round(float(p), 6) for p in row),
+            round(float(expected_grade(row)), 6),
+            round(float(soft_label(row)), 6),
+            judge.version,
+            judge.prompt.template.fingerprint,
+        )
+        for (query_id, document_id), row in zip(pairs, probs, strict=True)
+    ]
+
+
+def read_labels(directory: str | Path) -> list[Label]:
+    """All labels of a finished or unfinished label folder, in shard order.
+
+    Raises: InputError when there are none, or when two judges' labels are mixed.
+    """
+    paths = sorted(Path(directory).glob("labels-*.jsonl"))
+    if not paths:
+        raise InputError(
+            f"no labels-*.jsonl in {directory}: run python -m train.label with this --workdir first"
+        )
+    labels = []
+    for path in paths:
+        for line in path.read_text(encoding="utf-8").splitlines():
+            row = json.loads(line)
+            labels.append(Label(**{**row, "grade_probs": tuple(row["grade_probs"])}))
+    versions = {(label.judge_version, label.prompt_hash) for label in labels}
+    if len(versions) > 1:
+        raise InputError(
+            f"{directory} mixes labels of {len(versions)} judges: label again in an empty folder"
+        )
+    return labels
+
+
+def write_shard(path: Path, labels: Sequence[Label]) -> None:
+    """Whole or not at all: written beside its place, flushed to disk, then renamed."""
+    temporary = path.with_suffix(".part")
+    with temporary.open("w", encoding="utf-8") as file:
+        file.writelines(json.dumps(dataclasses.asdict(label)) + "\n" for label in labels)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+
+
+def claim_folder(workdir: Path, identity: dict[str, str | int]) -> None:
+    """Refuses to mix two judges, prompts, pair lists or shard sizes in one folder."""
+    path = workdir / "labels.json"
+    if path.exists():
+        found = json.loads(path.read_text(encoding="utf-8"))
+        changed = [key for key, value in identity.items() if found.get(key) != value]
+        if changed:
+            raise InputError(
+                f"{workdir} holds labels with another {', '.join(changed)}: choose another --workdir or delete it"
+            )
+    else:
+        workdir.mkdir(parents=True, exist_ok=True)
+        write_json(path, identity)
+
+
+def main(config: LabelConfig, workdir: Path) -> None:
+    collection = load_collection(config.collection)
+    vertical = load_vertical(config.vertical)
+    judge = load_judge(config.judge)
+    if config.pairs:
+        pairs = list(dict.fromkeys(read_pairs(config.pairs)))
+    else:
+        pairs = sample_pairs(
+            collection,
+            vertical,
+            load_retriever(config.retriever),
+            split="train",
+            num_queries=config.num_queries,
+            per_query=config.per_query,
+            view=judge.view,
+            depth=config.mined_depth,
+            seed=config.seed,
+        )
+    unknown = [
+        pair for pair in pairs if pair[0] not in collection.queries or pair[1] not in collection.documents
+    ]
+    if unknown:
+        raise InputError(f"{len(unknown)} pairs name an unknown query or document, the first: {unknown[0]}")
+    identity = {
+        "judge_version": judge.version,
+        "prompt_hash": judge.prompt.template.fingerprint,
+        "data": collection.fingerprint(),
+        "pairs": hashlib.sha256(json.dumps(pairs).encode()).hexdigest()[:12],
+        "shard_pairs": config.shard_pairs,
+    }
+    claim_folder(workdir, identity)
+    scorer = offline_scorer(judge)
+    starts = range(0, len(pairs), config.shard_pairs)
+    paths = {start: workdir / f"labels-{start // config.shard_pairs:05d}.jsonl" for start in starts}
+    missing = [start for start in starts if not paths[start].exists()]
+    print(f"{len(pairs)} pairs, {len(starts) - len(missing)} of {len(starts)} shards already labelled")
+    with progress("labelling", len(starts), done=len(starts) - len(missing)) as advance:
+        for start in missing:
+            part = pairs[start : start + config.shard_pairs]
+            write_shard(paths[start], label_pairs(judge, scorer, collection, vertical, part))
+            advance()
+
+
+if __name__ == "__main__":
+    run(main, LabelConfig)

@@ -1,0 +1,98 @@
+"""Candidates from a retriever: hard negatives for training, pairs worth labelling.
+
+Mined runs are a function of the encoder folder and the view; nothing is cached, since embedding is the cheap stage.
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+from jaxsearch.data.assets import resolve
+
+from jaxsearch.data.batches import CandidateSampler, multiples
+from jaxsearch.data.records import Collection, Qrels, Query, Run
+from jaxsearch.data.verticals import Vertical, document_text
+from jaxsearch.encoder import TextEncoder, load_encoder
+from jaxsearch.judge import TextJudge
+from jaxsearch.metrics import restrict_qrels
+from jaxsearch.ranker import TextRanker
+from jaxsearch.scoring.prefill import PrefillScorer
+
+
+def load_retriever(name_or_path: str | Path) -> TextEncoder:
+    """An encoder by asset name ("minilm"), hub name or folder."""
+    return load_encoder(resolve(str(name_or_path)))
+
+
+def mine(
+    encoder: TextEncoder,
+    collection: Collection,
+    queries: Sequence[Query],
+    vertical: Vertical,
+    *,
+    view: str,
+    depth: int,
+    seen_only: bool = True,
+) -> Run:
+    """The encoder's best `depth` documents for each query, with cosine scores.
+
+    Args: `seen_only` leaves out the unseen documents, as every training use must.
+    """
+    keys = [key for key in collection.documents if not (seen_only and key in collection.unseen_documents)]
+    texts = [document_text(collection.documents[key], vertical.views[view]) for key in keys]
+    scores = encoder.embed_queries([query.text for query in queries]) @ encoder.embed_documents(texts).T
+    depth = min(depth, len(keys))
+    best = np.argpartition(-scores, depth - 1, axis=1)[:, :depth]
+    return {query.id: {keys[j]: float(scores[i, j]) for j in best[i]} for i, query in enumerate(queries)}
+
+
+def sample_pairs(
+    collection: Collection,
+    vertical: Vertical,
+    retriever: TextEncoder,
+    *,
+    split: str,
+    num_queries: int,
+    per_query: int,
+    view: str,
+    depth: int,
+    seed: int,
+) -> list[tuple[str, str]]:
+    """(query id, document id) of all grades for some queries of a split, seen documents only; fixed by the seed."""
+    queries = collection.split(split)
+    chosen = [queries[i] for i in np.random.default_rng(seed).permutation(len(queries))[:num_queries]]
+    mined = mine(retriever, collection, chosen, vertical, view=view, depth=depth)
+    sampler = CandidateSampler(collection, threshold=vertical.relevant_threshold, mined=mined)
+    return [
+        (query.id, key)
+        for number, query in enumerate(chosen)
+        for key in sampler.pairs(query.id, per_query, np.random.default_rng((seed, number)))
+    ]
+
+
+def pair_texts(
+    collection: Collection, vertical: Vertical, pairs: Sequence[tuple[str, str]], *, view: str
+) -> list[tuple[str, str]]:
+    """(query text, document text) of each pair of ids."""
+    fields = vertical.views[view]
+    return [
+        (collection.queries[query_id].text, document_text(collection.documents[document_id], fields))
+        for query_id, document_id in pairs
+    ]
+
+
+def seen_qrels(collection: Collection, queries: Sequence[Query]) -> Qrels:
+    """The grades of seen documents only: what a checkpoint may be chosen by."""
+    qrels = {query.id: collection.qrels.get(query.id, {}) for query in queries}
+    return restrict_qrels(qrels, collection.documents.keys() - collection.unseen_documents)
+
+
+def offline_scorer(model: TextJudge | TextRanker, *, max_batch_tokens: int = 2048) -> PrefillScorer:
+    """A scorer that compiles a shape at its first use: for labelling and evaluation, not for serving."""
+    return PrefillScorer(
+        model.decoder,
+        model.label_ids,
+        prefix_buckets=multiples(48, model.prompt.max_shared_tokens),
+        item_buckets=multiples(16, model.prompt.max_item_tokens),
+        max_batch_tokens=max_batch_tokens,
+    )

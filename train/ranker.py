@@ -1,0 +1,254 @@
+"""Trains the ranker: a decoder cut to some of its layers, distilled from the judge, with gold and a list-wise term.
+
+    python -m train.ranker --config configs/ranker_onet.py --workdir work/ranker --set labels=work/labels
+
+A batch holds a few queries with several candidates each; the query's prompt is computed once for all of them.
+Writes `model/` and `report.json`.
+"""
+
+import dataclasses
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+from flax import nnx
+from jaxsearch.data.sources import load_collection
+
+from jaxsearch.data.assets import resolve
+from jaxsearch.data.batches import (
+    CandidateSampler,
+    group_pairs,
+    multiples,
+    pad_tokens,
+    shuffled,
+    step_batches,
+)
+from jaxsearch.data.records import MAX_GRADE, Collection, Run
+from jaxsearch.data.tokenizer import Tokenizer
+from jaxsearch.data.verticals import Vertical, document_text, load_vertical
+from jaxsearch.encoder import TextEncoder
+from jaxsearch.metrics import rank_metrics
+from jaxsearch.nn.convert import load_pretrained
+from jaxsearch.nn.pruning import keep_layers
+from jaxsearch.nn.transformer import Decoder
+from jaxsearch.ranker import Ranker, RankerBatch, RankerLoss, TextRanker, new_ranker, save_ranker
+from jaxsearch.scoring.prefill import PrefillScorer, ScoreRequest
+from train.label import Label, read_labels
+from train.loop import LoopConfig, OptimizerConfig, fit
+from train.mining import load_retriever, mine, offline_scorer, seen_qrels
+from train.options import run, write_json
+
+
+@dataclasses.dataclass(frozen=True)
+class RankerConfig:
+    """The ranker's base, labels, batch and loss."""
+
+    collection: str = "onet_activities"
+    """A built-in collection or the folder of your own (BEIR, JSONL, Parquet)."""
+    vertical: str = "configs/verticals/onet_activities"
+    """Folder with fields, views, policy and prompts."""
+    view: str = "short"
+    """Which view of a document is read."""
+    base: str = "smollm2"
+    """Asset, hub name or folder of the decoder that is cut and trained."""
+    layers: tuple[int, ...] = tuple(range(12))
+    """The layers of the base that are kept, in order."""
+    labels: str = "work/labels"
+    """Workdir of train.label; empty: no teacher."""
+    retriever: str = "minilm"
+    """Whose best documents become hard negatives and are re-ranked for validation."""
+    use_gold: bool = True
+    """Candidates from the collection's grades, labels where there are any; without it, labelled pairs alone."""
+    use_frozen_embeddings: bool = True
+    """Token embeddings get no gradient: they are 28M of SmolLM2's 135M parameters."""
+    batch_queries: int = 4
+    candidates_per_query: int = 8
+    mined_depth: int = 30
+    """How many of the retriever's best documents are looked at for hard negatives."""
+    max_shared_tokens: int = 96
+    max_item_tokens: int = 128
+    """Longer documents are cut at their end."""
+    check_queries: int = 40
+    """Validation queries that are re-ranked at each evaluation."""
+    check_depth: int = 10
+    provider: Literal["memory", "grain"] = "memory"
+    """Who builds batches: the loop when it needs them, or grain ahead of it."""
+    loss: RankerLoss = dataclasses.field(default_factory=RankerLoss)
+    loop: LoopConfig = dataclasses.field(default_factory=lambda: LoopConfig(num_steps=94))
+    optimizer: OptimizerConfig = dataclasses.field(
+        default_factory=lambda: OptimizerConfig(learning_rate=3e-4)
+    )
+    seed: int = 0
+
+
+class RankerData:
+    """Lists of candidates with teacher and gold labels; a batch is a function of its step."""
+
+    def __init__(
+        self,
+        ranker: TextRanker,
+        collection: Collection,
+        vertical: Vertical,
+        mined: Run,
+        labels: Sequence[Label],
+        config: RankerConfig,
+    ):
+        self.config = config
+        self.sampler = CandidateSampler(collection, threshold=vertical.relevant_threshold, mined=mined)
+        self.teacher = {(label.query_id, label.document_id): label.soft_label for label in labels}
+        seen = set(self.sampler.documents)
+        self.labelled = group_pairs([pair for pair in self.teacher if pair[1] in seen])
+        if config.use_gold:
+            train = [query.id for query in collection.split("train")]
+            self.queries = [key for key in train if self.sampler.positives(key)]
+        else:
+            self.queries = [key for key in self.labelled if collection.query_split[key] == "train"]
+        texts = [
+            document_text(collection.documents[key], vertical.views[config.view])
+            for key in self.sampler.documents
+        ]
+        self.items = dict(zip(self.sampler.documents, ranker.request("", texts).items, strict=True))
+        self.prefixes = {key: ranker.request(collection.queries[key].text, []).prefix for key in self.queries}
+        self.pad_id = ranker.tokenizer.pad_id
+
+    def candidates(self, query_id: str, rng: np.random.Generator) -> list[str]:
+        count = self.config.candidates_per_query
+        if not self.config.use_gold:
+            keys = self.labelled[query_id]
+            return [keys[i] for i in rng.permutation(len(keys))[:count]]
+        return self.sampler.pairs(query_id, count, rng)
+
+    def batch(self, step: int) -> RankerBatch:
+        config = self.config
+        rng = np.random.default_rng((config.seed, step))
+        rows = shuffled(len(self.queries), config.batch_queries, step, seed=config.seed)
+        query_ids = [self.queries[i] for i in rows]
+        lists = [self.candidates(key, rng) for key in query_ids]
+        width = config.candidates_per_query
+        shape = (len(query_ids), width)
+        teacher, gold = np.zeros(shape, np.float32), np.zeros(shape, np.float32)
+        teacher_where, gold_where = np.zeros(shape, bool), np.zeros(shape, bool)
+        items: list[Sequence[int]] = []
+        for i, (query_id, keys) in enumerate(zip(query_ids, lists, strict=True)):
+            items += [self.items[key] for key in keys] + [()] * (width - len(keys))
+            gold_where[i, : len(keys)] = config.use_gold
+            for j, key in enumerate(keys):
+                gold[i, j] = self.sampler.grade(query_id, key) / MAX_GRADE
+                if (query_id, key) in self.teacher:
+                    teacher[i, j], teacher_where[i, j] = self.teacher[query_id, key], True
+        prefix_tokens, prefix_where = pad_tokens(
+            [self.prefixes[key] for key in query_ids],
+            pad_id=self.pad_id,
+            lengths=multiples(16, config.max_shared_tokens),
+        )
+        tokens, where = pad_tokens(items, pad_id=self.pad_id, lengths=multiples(32, config.max_item_tokens))
+        return RankerBatch(
+            prefix_tokens,
+            prefix_where,
+            tokens.reshape(*shape, -1),
+            where.reshape(*shape, -1),
+            teacher,
+            teacher_where,
+            gold,
+            gold_where,
+        )
+
+
+def rerank(
+    ranker: TextRanker,
+    scorer: PrefillScorer,
+    collection: Collection,
+    vertical: Vertical,
+    candidates: Run,
+) -> Run:
+    """The ranker's score for every candidate of every query."""
+    fields = vertical.views[ranker.view]
+    requests = []
+    for query_id, scores in candidates.items():
+        texts = [document_text(collection.documents[key], fields) for key in scores]
+        prompt = ranker.request(collection.queries[query_id].text, texts)
+        requests.append(ScoreRequest(prompt.prefix, prompt.items))
+    reranked: Run = {}
+    for (query_id, scores), logits in zip(candidates.items(), scorer.score(requests), strict=True):
+        values = ranker.scores(logits)
+        reranked[query_id] = {key: float(value) for key, value in zip(scores, values, strict=True)}
+    return reranked
+
+
+class Validation:
+    """NDCG@10 of re-ranking the retriever's best seen documents for held-out queries, as training goes on."""
+
+    def __init__(
+        self,
+        ranker: TextRanker,
+        collection: Collection,
+        vertical: Vertical,
+        retriever: TextEncoder,
+        config: RankerConfig,
+    ):
+        queries = collection.split("validation")[: config.check_queries]
+        self.ranker, self.collection, self.vertical = ranker, collection, vertical
+        self.candidates = mine(
+            retriever, collection, queries, vertical, view=config.view, depth=config.check_depth
+        )
+        self.qrels = seen_qrels(collection, queries)
+        self.scorer = offline_scorer(ranker)
+
+    def __call__(self, model: Ranker) -> dict[str, float]:
+        self.scorer.use_weights(model.decoder)
+        reranked = rerank(self.ranker, self.scorer, self.collection, self.vertical, self.candidates)
+        threshold = self.vertical.relevant_threshold
+        values = rank_metrics(self.qrels, reranked, threshold=threshold, metrics=("ndcg@10",))
+        return {"ndcg@10": float(np.mean(list(values["ndcg@10"].values())))}
+
+
+def is_trained(use_frozen_embeddings: bool):
+    """NNX filter: every parameter, but for the token embeddings where they are frozen."""
+
+    def accepts(path: Sequence[str], value: object) -> bool:
+        return isinstance(value, nnx.Param) and not (use_frozen_embeddings and "embed_tokens" in path)
+
+    return accepts
+
+
+def main(config: RankerConfig, workdir: Path) -> None:
+    collection = load_collection(config.collection)
+    vertical = load_vertical(config.vertical)
+    base = resolve(config.base)
+    decoder = load_pretrained(base)
+    assert isinstance(decoder, Decoder)
+    ranker = new_ranker(
+        keep_layers(decoder, config.layers),
+        Tokenizer.from_path(base),
+        vertical.prompts["ranker"],
+        view=config.view,
+        max_shared_tokens=config.max_shared_tokens,
+        max_item_tokens=config.max_item_tokens,
+    )
+    del decoder
+    retriever = load_retriever(config.retriever)
+    labels = read_labels(config.labels) if config.labels else []
+    mined = mine(
+        retriever, collection, collection.split("train"), vertical, view=config.view, depth=config.mined_depth
+    )
+    data = RankerData(ranker, collection, vertical, mined, labels, config)
+    evaluate = Validation(ranker, collection, vertical, retriever, config)
+    result = fit(
+        ranker.ranker,
+        config.loss,
+        step_batches(data.batch, provider=config.provider),
+        loop=config.loop,
+        optimizer=config.optimizer,
+        workdir=workdir,
+        trainable=is_trained(config.use_frozen_embeddings),
+        evaluate=evaluate,
+    )
+    report = {"validation": evaluate(ranker.ranker), "steps": result.step, "labels": len(labels)}
+    trained = {"collection": collection.fingerprint(), "layers": list(config.layers), **report}
+    save_ranker(workdir / "model", ranker, trained=trained)
+    write_json(workdir / "report.json", report)
+
+
+if __name__ == "__main__":
+    run(main, RankerConfig)
