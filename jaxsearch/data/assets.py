@@ -144,7 +144,7 @@ def fetch(name: str) -> Path:
         return path
     try:
         home.parent.mkdir(parents=True, exist_ok=True)
-        with _lock(home.parent / f".{home.name}.lock"):
+        with file_lock(home.parent / f".{home.name}.lock"):
             if not _is_whole(home):
                 _fetch_into(asset, home)
     except OSError as error:
@@ -197,7 +197,8 @@ def _is_whole(home: Path) -> bool:
 
 
 @contextlib.contextmanager
-def _lock(file: Path) -> Iterator[None]:
+def file_lock(file: Path) -> Iterator[None]:
+    """Holds `file` (made when absent) so that other processes wait here; freed when this one ends, however it does."""
     with file.open("w") as handle:
         fcntl.flock(handle, fcntl.LOCK_EX)
         yield

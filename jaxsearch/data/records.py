@@ -15,6 +15,7 @@ from collections.abc import Mapping
 NUM_GRADES = 5
 MAX_GRADE = NUM_GRADES - 1
 SPLITS = ("train", "validation", "test")
+SPLIT_SHARES = (0.7, 0.1, 0.2)
 
 FieldValue = str | int | float | bool | list[str]
 Qrels = dict[str, dict[str, int]]
@@ -79,3 +80,18 @@ class Collection:
         ):
             digest.update(json.dumps(part, sort_keys=True, ensure_ascii=False).encode())
         return digest.hexdigest()[:12]
+
+
+def hash_share(key: str) -> float:
+    """A number in [0, 1) that a key always has, in every process and release; for splits that never change."""
+    return int.from_bytes(hashlib.sha256(key.encode()).digest()[:6], "big") / 2**48
+
+
+def split_by_hash(key: str) -> str:
+    """The split that `SPLIT_SHARES` gives a key; what must stay together shares a key."""
+    share, bound = hash_share(key), 0.0
+    for name, size in zip(SPLITS[:-1], SPLIT_SHARES[:-1], strict=True):
+        bound += size
+        if share < bound:
+            return name
+    return SPLITS[-1]
