@@ -1,0 +1,335 @@
+"""The one training loop: a trainer gives a loss and its batches, this takes the steps.
+
+The host never waits for a step: losses are fetched every `log_every` steps, one step late, while the devices work
+on. What a loss that is no number does meanwhile is said in `step`: nothing.
+
+A run that is started again goes on from its newest whole checkpoint, with the same batches (they are a function of
+the step), random keys and optimiser state; on CPU it ends with the parameters of a run never stopped, bit for bit.
+One step: `train.step`. Layout on the mesh: `jaxsearch.sharding`. Storage: `jaxsearch.checkpoints`.
+"""
+
+import dataclasses
+import json
+import math
+import os
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import rich.console
+from flax import nnx
+
+from jaxsearch.checkpoints import Restored, TrainCheckpoints
+from jaxsearch.errors import InputError
+from train.options import progress
+from train.step import TOKENS, LossFn, MeshConfig, OptimizerConfig, TrainStep
+
+Batches = Callable[[int], Iterator[Any]]
+
+
+@dataclasses.dataclass(frozen=True)
+class LoopConfig:
+    """How long, and what happens on the way."""
+
+    num_steps: int
+    log_every: int = 10
+    checkpoint_every: int = 0
+    """0: at the end, and where `evaluate_every` with `best_metric` needs one."""
+    evaluate_every: int = 0
+    """0: at the end only."""
+    keep_checkpoints: int = 2
+    """Newest ones; the best one stays besides."""
+    best_metric: str | None = None
+    """Metric of `evaluate`, higher is better: the model ends with the parameters of its best evaluation."""
+    seed: int = 0
+    """Of the random keys that a loss with a `key` argument gets."""
+    mesh: MeshConfig = dataclasses.field(default_factory=MeshConfig)
+
+
+@dataclasses.dataclass(frozen=True)
+class FitResult:
+    """`step` reached; the last evaluation (of the best step, where there is a best metric) and the last training
+    metrics; wall seconds and tokens of this process alone."""
+
+    step: int
+    metrics: dict[str, float]
+    best_step: int | None
+    seconds: float
+    tokens: int
+
+
+def fit(
+    model: nnx.Module,
+    loss_fn: LossFn,
+    batches: Batches,
+    *,
+    loop: LoopConfig,
+    optimizer: OptimizerConfig,
+    workdir: str | Path,
+    trainable: Any = nnx.Param,
+    evaluate: Callable[[Any], Mapping[str, float]] | None = None,
+    console: rich.console.Console | None = None,
+) -> FitResult:
+    """Trains `model` in place.
+
+    Args:
+        loss_fn: `(model, batch) → (total, count, metrics)`, scalars; the loss is Σ total / Σ count over microbatches
+            and devices, metrics are means weighted by count, the metric "tokens" is a sum. With a third argument
+            named `key` it gets a random key that depends on seed, step and microbatch only.
+        batches: `batches(n)` iterates over the batches of steps n, n + 1, ... (from 0), pytrees of NumPy arrays with
+            the batch as leading axis, divisible by accumulate * data * fsdp. A new shape compiles once.
+        workdir: holds `checkpoints/`, `metrics.jsonl` and `tensorboard/`; a run found there is continued.
+        trainable: NNX filter; the rest of the model gets neither gradient nor checkpoint.
+        evaluate: takes the model as it is, gives metrics. It must not keep the model: its arrays are reused.
+    Returns:
+        what was reached; the model holds the best parameters by `loop.best_metric`, else the last ones.
+    Raises:
+        InputError: the loss is not finite (steps named), a batch that does not divide, a layout that the mesh does
+            not allow, batches that end early, nothing trainable, checkpoints of another model.
+        SystemExit: code 0, after SIGTERM and a checkpoint.
+    """
+    workdir = Path(workdir)
+    console = console or rich.console.Console(stderr=True)
+
+    def say(text: str) -> None:
+        console.print(text, highlight=False, markup=False, soft_wrap=True)
+
+    if loop.log_every < 1:
+        raise InputError("log_every must be at least 1")
+    program = TrainStep(
+        model,
+        loss_fn,
+        optimizer=optimizer,
+        mesh=loop.mesh,
+        num_steps=loop.num_steps,
+        seed=loop.seed,
+        trainable=trainable,
+    )
+    store = TrainCheckpoints(
+        workdir / "checkpoints", keep=loop.keep_checkpoints, best_metric=loop.best_metric, say=say
+    )
+    with store, _Termination() as termination, _Journal(workdir) as journal:
+        run = _Run(program, store, journal, loop, evaluate)
+        run.resume(say)
+        if run.step < loop.num_steps:
+            steps = batches(run.step)
+            with progress("training", loop.num_steps, done=run.step, console=console) as advance:
+                while run.step < loop.num_steps:
+                    run.take(next(steps, None), advance)
+                    if termination.requested:
+                        run.save()
+                        store.wait()
+                        say(
+                            f"SIGTERM: saved step {run.step} to {store.directory}; the same command goes on from there"
+                        )
+                        raise SystemExit(0)
+        return run.finish(model, say)
+
+
+class _Run:
+    """The state of one call of `fit`, and what happens around a step."""
+
+    def __init__(
+        self,
+        program: TrainStep,
+        store: TrainCheckpoints,
+        journal: "_Journal",
+        loop: LoopConfig,
+        evaluate: Callable[[Any], Mapping[str, float]] | None,
+    ):
+        self.program, self.store, self.journal, self.loop, self.evaluate = (
+            program,
+            store,
+            journal,
+            loop,
+            evaluate,
+        )
+        self.state = program.initial_state()
+        self.step = 0
+        self.evaluation: dict[str, float] = {}
+        self.logged: dict[str, float] = {}
+        self.tokens = 0
+        self._pending: list[tuple[int, dict[str, jax.Array]]] = []
+        self._started = self._fetched_at = time.perf_counter()
+
+    def resume(self, say: Callable[[str], None]) -> None:
+        restored = self.store.restore(self.state)
+        if restored is not None:
+            self._adopt(restored)
+            say(f"resumed from step {self.step} of {self.loop.num_steps}, saved in {self.store.directory}")
+        self.journal.start(self.step)
+        self._fetched_at = time.perf_counter()
+
+    def take(self, batch: Any, advance: Callable[..., None]) -> None:
+        """One step, then whatever is due after it."""
+        if batch is None:
+            raise InputError(
+                f"the batches end before step {self.step} of {self.loop.num_steps}; give more of them"
+            )
+        self.state, metrics = self.program.take(self.state, batch)
+        self.step += 1
+        self._pending.append((self.step, metrics))
+        advance()
+        if _is_due(self.step - 1, self.loop.log_every):
+            self.fetch(leave=1)
+            advance(0, self._summary())
+        at_end = self.step == self.loop.num_steps
+        has_evaluation = self.evaluate is not None and (
+            at_end or _is_due(self.step, self.loop.evaluate_every)
+        )
+        if has_evaluation or at_end or _is_due(self.step, self.loop.checkpoint_every):
+            self.fetch(leave=0)
+            paused = time.perf_counter()
+            if has_evaluation:
+                self._evaluate()
+            needs_best = has_evaluation and self.loop.best_metric is not None
+            if needs_best or at_end or _is_due(self.step, self.loop.checkpoint_every):
+                self.save(self.evaluation if has_evaluation else None)
+            self._fetched_at += time.perf_counter() - paused
+
+    def fetch(self, *, leave: int) -> None:
+        """Reads the metrics of all steps but the newest `leave`, logs their means, stops on a loss that is no number.
+
+        Raises:
+            InputError: such a loss; all its steps among those read are named.
+        """
+        count = len(self._pending) - leave
+        ready, self._pending = self._pending[:count], self._pending[count:]
+        if not ready:
+            return
+        fetched = [(step, jax.device_get(metrics)) for step, metrics in ready]
+        bad = [step for step, metrics in fetched if not math.isfinite(metrics["loss"] + metrics["grad_norm"])]
+        if bad:
+            saved = self.store.latest_step()
+            raise InputError(
+                f"the loss or its gradient is not finite at step {', '.join(map(str, bad))}; nothing was applied from "
+                f"step {bad[0]} on (its batch is number {bad[0] - 1}, counted from 0) and the newest checkpoint is "
+                f"{'none' if saved is None else f'of step {saved}'}. Lower the learning rate, or look at the batch"
+            )
+        now = time.perf_counter()
+        seconds, self._fetched_at = now - self._fetched_at, now
+        tokens = sum(float(metrics.pop(TOKENS, 0.0)) for _, metrics in fetched)
+        self.tokens += int(tokens)
+        names = fetched[-1][1]
+        self.logged = {name: float(np.mean([metrics[name] for _, metrics in fetched])) for name in names}
+        self.logged |= {"steps_per_second": len(fetched) / seconds}
+        if tokens:
+            self.logged["tokens_per_second"] = tokens / seconds
+        self.journal.write(fetched[-1][0], self.logged)
+
+    def save(self, metrics: Mapping[str, float] | None = None) -> None:
+        self.fetch(leave=0)
+        self.store.save(self.step, self.state, metrics=metrics)
+
+    def finish(self, model: nnx.Module, say: Callable[[str], None]) -> FitResult:
+        """Puts the best, else the last, parameters into the model."""
+        best = self.store.best_step() if self.loop.best_metric is not None else None
+        if best is not None and best != self.step:
+            restored = self.store.restore(self.state, step=best)
+            if restored is None:
+                say(f"the best checkpoint (step {best}) cannot be read; the model keeps the last parameters")
+                best = None
+            else:
+                self.state, self.evaluation = restored.arrays, restored.metrics
+        self.program.update(model, self.state)
+        metrics = self.logged | self.evaluation
+        return FitResult(self.step, metrics, best, time.perf_counter() - self._started, self.tokens)
+
+    def _adopt(self, restored: Restored) -> None:
+        self.state, self.step, self.evaluation = restored.arrays, restored.step, restored.metrics
+
+    def _evaluate(self) -> None:
+        assert self.evaluate is not None
+        self.evaluation = {
+            name: float(value) for name, value in self.evaluate(self.program.model(self.state)).items()
+        }
+        best = self.loop.best_metric
+        if best is not None and best not in self.evaluation:
+            raise InputError(
+                f"best_metric {best!r} is not among what was evaluated: {', '.join(self.evaluation)}"
+            )
+        self.journal.write(self.step, {f"evaluate/{name}": value for name, value in self.evaluation.items()})
+
+    def _summary(self) -> str:
+        if not self.logged:
+            return ""
+        speed = self.logged.get("tokens_per_second")
+        return f"loss {self.logged['loss']:.4f}" + (f"  {speed:,.0f} tokens/s" if speed else "")
+
+
+def _is_due(step: int, every: int) -> bool:
+    return every > 0 and step % every == 0
+
+
+class _Termination:
+    """Notes SIGTERM instead of dying of it, while the context is open; only the main thread may ask for that."""
+
+    def __init__(self):
+        self.requested = False
+        self._previous: Any = None
+        self._is_main = threading.current_thread() is threading.main_thread()
+
+    def __enter__(self) -> "_Termination":
+        if self._is_main:
+            self._previous = signal.signal(signal.SIGTERM, self._note)
+        return self
+
+    def __exit__(self, *_) -> None:
+        if self._is_main:
+            signal.signal(signal.SIGTERM, self._previous)
+
+    def _note(self, *_) -> None:
+        self.requested = True
+
+
+class _Journal:
+    """`metrics.jsonl`, one line per record, and the same for TensorBoard where tensorboardX is installed."""
+
+    def __init__(self, workdir: Path):
+        self._workdir = workdir
+        self._file: Any = None
+        self._board: Any = None
+
+    def __enter__(self) -> "_Journal":
+        return self
+
+    def __exit__(self, *_) -> None:
+        for sink in (self._file, self._board):
+            if sink is not None:
+                sink.close()
+
+    def start(self, step: int) -> None:
+        """Opens the files after `step`; lines that a killed run wrote beyond it are dropped, as they come again."""
+        self._workdir.mkdir(parents=True, exist_ok=True)
+        path = self._workdir / "metrics.jsonl"
+        if path.exists():
+            kept = [line for line in path.read_text(encoding="utf-8").splitlines() if _step_of(line) <= step]
+            temporary = path.with_suffix(".tmp")
+            temporary.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
+            os.replace(temporary, path)
+        self._file = path.open("a", encoding="utf-8")
+        try:
+            from tensorboardX import SummaryWriter
+        except ImportError:
+            return
+        self._board = SummaryWriter(str(self._workdir / "tensorboard"), purge_step=step + 1)
+
+    def write(self, step: int, metrics: Mapping[str, float]) -> None:
+        self._file.write(json.dumps({"step": step, **metrics}) + "\n")
+        self._file.flush()
+        if self._board is not None:
+            for name, value in metrics.items():
+                self._board.add_scalar(name, value, step)
+
+
+def _step_of(line: str) -> float:
+    """The step of a record; a line cut off by a kill counts as later than any."""
+    try:
+        return json.loads(line)["step"]
+    except (ValueError, KeyError, TypeError):
+        return math.inf
