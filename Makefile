@@ -1,0 +1,66 @@
+# One command per purpose; the first one that needs it makes .venv with plain pip, later runs need no network.
+PYTHON ?= python3
+QUICK ?= 0
+HOST ?= 127.0.0.1
+PORT ?= 8000
+SUFFIX := $(if $(filter 1,$(QUICK)),-quick)
+WORKDIR ?= work/demo$(SUFFIX)
+BUNDLE ?= $(WORKDIR)/export/bundle
+REFERENCE_WORKDIR ?= work/reference$(SUFFIX)
+QUICK_FLAG := $(if $(filter 1,$(QUICK)),--quick)
+# Passed to pip; on an ordinary Linux machine the parity environment is smaller with
+#   PIP_ARGS="--extra-index-url https://download.pytorch.org/whl/cpu"
+PIP_ARGS ?=
+# The pins are those of Python 3.11; a newer Python takes the ranges of pyproject.toml.
+PINS := $(shell $(PYTHON) -c 'import sys; print("-c constraints.txt" if sys.version_info[:2] == (3, 11) else "")')
+
+VENV := .venv
+PARITY_VENV := .venv-parity
+RUN := $(VENV)/bin/python
+READY := $(VENV)/.ready
+PARITY_READY := $(PARITY_VENV)/.ready
+
+.PHONY: help demo serve reference test check parity format clean
+.DELETE_ON_ERROR:
+
+help:  ## this list
+	@sed -n 's/^\([a-z]*\):.*## \(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 20
+	@echo '  variables: QUICK=1 (small variant), WORKDIR=DIR, BUNDLE=DIR, HOST, PORT, PYTHON, PIP_ARGS'
+
+demo: $(READY)  ## data to trained models to a served search, and how good each stage is
+	$(RUN) -m train.demo --config configs/demo/pipeline.py --workdir $(WORKDIR) $(QUICK_FLAG)
+
+serve: $(READY)  ## serves the bundle that `make demo` made
+	$(RUN) -m serve.main --bundle $(BUNDLE) --host $(HOST) --port $(PORT)
+
+reference: $(READY)  ## the real recipe; its table is the one under docs/results
+	$(RUN) -m train.demo --config configs/reference/pipeline.py --workdir $(REFERENCE_WORKDIR) $(QUICK_FLAG)
+
+test: $(READY)  ## every test that needs no other implementation to compare with
+	$(RUN) -m pytest
+
+check: $(READY)  ## format, lint, types, import floors and budgets
+	$(RUN) -m ruff format --check .
+	$(RUN) -m ruff check .
+	$(VENV)/bin/basedpyright
+	$(RUN) -m pytest tests/test_imports.py
+
+parity: $(PARITY_READY)  ## the networks against torch and transformers, in an environment of their own
+	$(PARITY_VENV)/bin/python -m pytest -o addopts='-q --strict-markers' tests/parity
+
+format: $(READY)  ## applies what `make check` asks of the form
+	$(RUN) -m ruff format .
+	$(RUN) -m ruff check --fix .
+
+clean:  ## removes the environments; the cache and the work directories stay
+	rm -rf $(VENV) $(PARITY_VENV)
+
+$(READY): pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(VENV)/bin/python -m pip install $(PIP_ARGS) $(PINS) -e '.[all,dev]'
+	touch $@
+
+$(PARITY_READY): pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(PARITY_VENV)
+	$(PARITY_VENV)/bin/python -m pip install $(PIP_ARGS) $(PINS) -e '.[all,dev,parity]'
+	touch $@
