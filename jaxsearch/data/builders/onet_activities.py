@@ -206,7 +206,7 @@ def _read_config(config: str, data_dir: Path) -> Mapping[str, Iterable[Mapping[s
     """The splits of one table, written first where the cache lacks them."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        builder = OnetActivities(config=config, data_dir=data_dir, file_format="array_record")
+        builder: Any = OnetActivities(config=config, data_dir=data_dir, file_format="array_record")
         try:
             data_dir.mkdir(parents=True, exist_ok=True)
             with assets.file_lock(data_dir / f".{NAME}.lock"):
@@ -222,7 +222,7 @@ def _read_config(config: str, data_dir: Path) -> Mapping[str, Iterable[Mapping[s
             raise InputError(
                 f"cannot write {NAME} to {data_dir}: {error}. Make room, or set JAXSEARCH_CACHE to another disk."
             ) from error
-        return {split: builder.as_data_source(split=split) for split in builder.info.splits}
+        return {split: builder.as_data_source(split) for split in builder.info.splits}
 
 
 def _text(value: bytes | str) -> str:
