@@ -1,0 +1,325 @@
+"""One directory with everything that serving needs, and a loader that refuses anything damaged or mismatched.
+
+    bundle.json       format, versions, shapes, and size and sha256 of every other file
+    encoder/ ranker/  model folders in the HF layout, with tokenizer and card (`checkpoints`)
+    vertical/         fields, views, policy and prompt templates (`data.verticals`)
+    documents.jsonl   the corpus;  index/ its embeddings and the encoder version that made them
+    calibration.json  score → probability, where one was fitted
+    selftest.json     questions with known answers, asked before the server says that it is ready
+    MODEL_CARD.md     for people
+
+Not here: choosing what goes in (`train.export`), answering requests (`serve`).
+"""
+
+import dataclasses
+import hashlib
+import json
+import os
+import shutil
+import uuid
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from jaxtyping import Float
+
+from jaxsearch.buckets import Buckets
+from jaxsearch.calibration import IsotonicMap
+from jaxsearch.data.records import Document
+from jaxsearch.data.verticals import Vertical, load_vertical
+from jaxsearch.encoder import TextEncoder, load_encoder
+from jaxsearch.errors import InputError
+from jaxsearch.ranker import TextRanker, load_ranker
+from jaxsearch.retrieval.exact import ExactIndex
+from jaxsearch.scoring.prefill import PrefillScorer, ScoreRequest
+
+FORMAT = 1
+MANIFEST = "bundle.json"
+SCORE_TOLERANCE = 0.02
+"""Known scores may differ by this much on other hardware; float32 on CPU repeats them within 1e-4."""
+
+
+@dataclasses.dataclass(frozen=True)
+class ShapePlan:
+    """The shapes that the server compiles before it is ready."""
+
+    prefix_buckets: tuple[int, ...]
+    item_buckets: tuple[int, ...]
+    max_batch_tokens: int
+
+    @classmethod
+    def fit(
+        cls,
+        ranker: TextRanker,
+        item_lengths: Iterable[int],
+        *,
+        num_item_buckets: int = 4,
+        max_batch_tokens: int = 2048,
+    ) -> "ShapePlan":
+        """The least padding for `item_lengths` (tokens of prompt items), with room for the longest prompt
+        allowed."""
+        most_shared, most_item = ranker.prompt.max_shared_tokens, ranker.prompt.max_item_tokens
+        return cls(
+            Buckets.geometric(min(64, most_shared), most_shared, growth=2.0).sizes,
+            Buckets.fit(item_lengths, count=num_item_buckets, largest=most_item).sizes,
+            max(max_batch_tokens, 8 * -(-most_item // 8)),
+        )
+
+    def scorer(self, ranker: TextRanker) -> PrefillScorer:
+        return PrefillScorer(
+            ranker.decoder,
+            ranker.label_ids,
+            prefix_buckets=self.prefix_buckets,
+            item_buckets=self.item_buckets,
+            max_batch_tokens=self.max_batch_tokens,
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class KnownAnswer:
+    """A query with one document that fits and one that does not, and the ranker's scores for them."""
+
+    query: str
+    documents: tuple[str, str]
+    scores: tuple[float, float]
+
+
+@dataclasses.dataclass(frozen=True)
+class Bundle:
+    """A bundle in memory. Positions in `index` are those of `documents`; `revision` names the whole
+    content."""
+
+    directory: Path
+    name: str
+    revision: str
+    index_revision: str
+    vertical: Vertical
+    encoder: TextEncoder
+    ranker: TextRanker
+    documents: list[Document]
+    index: ExactIndex
+    lexical_view: str
+    calibration: IsotonicMap | None
+    plan: ShapePlan
+    known_answers: list[KnownAnswer]
+
+
+def known_answers(
+    ranker: TextRanker, plan: ShapePlan, triples: Sequence[tuple[str, str, str]]
+) -> list[KnownAnswer]:
+    """Scores (query, fitting document, other document) texts as the server will; those that the ranker gets
+    wrong are left out, since they say nothing about whether a server works."""
+    requests = []
+    for query, fitting, other in triples:
+        prompt = ranker.request(query, [fitting, other])
+        requests.append(ScoreRequest(tuple(prompt.prefix), prompt.items))
+    logits = plan.scorer(ranker).score(requests)
+    answers = []
+    for (query, fitting, other), rows in zip(triples, logits, strict=True):
+        first, second = ranker.scores(rows).tolist()
+        if first > second:
+            answers.append(KnownAnswer(query, (fitting, other), (first, second)))
+    return answers
+
+
+def write_bundle(
+    directory: str | Path,
+    *,
+    name: str,
+    encoder_directory: str | Path,
+    ranker_directory: str | Path,
+    vertical_directory: str | Path,
+    documents: Sequence[Document],
+    embeds: Float[np.ndarray, "c e"] | None = None,
+    index_view: str,
+    lexical_view: str,
+    item_lengths: Iterable[int] | None = None,
+    calibration: IsotonicMap | None = None,
+    triples: Sequence[tuple[str, str, str]] = (),
+    model_card: str = "",
+) -> Path:
+    """Writes a bundle in one step: until it is whole, nothing is at `directory`.
+
+    Args:
+      documents: the corpus, in the order of `embeds`; their ids must differ.
+      embeds: the encoder's embeddings of the documents' `index_view`; None computes them here.
+      lexical_view: the view whose words BM25 searches.
+      item_lengths: recorded prompt item lengths in tokens; None takes those of the corpus in the ranker's
+      view. triples: (query, fitting document, other document) texts for the self-test.
+    Raises: InputError when parts do not fit together, or `directory` holds something that is not a bundle.
+    """
+    directory = Path(directory)
+    if directory.exists() and any(directory.iterdir()) and not (directory / MANIFEST).is_file():
+        raise InputError(f"{directory} is not empty and not a bundle; choose another directory")
+    vertical = load_vertical(vertical_directory)
+    encoder = load_encoder(encoder_directory)
+    ranker = load_ranker(ranker_directory)
+    ids = [document.id for document in documents]
+    if len(set(ids)) != len(ids):
+        raise InputError("documents of a bundle need different ids")
+    if embeds is None:
+        embeds = encoder.embed_documents([vertical.document_text(d, index_view) for d in documents])
+    if embeds.shape != (len(documents), encoder.embed_dim):
+        raise InputError(f"embeds are {embeds.shape}, expected {(len(documents), encoder.embed_dim)}")
+    if item_lengths is None:
+        texts = [vertical.document_text(d, ranker.view) for d in documents]
+        item_lengths = [len(item) for item in ranker.request("", texts).items]
+    plan = ShapePlan.fit(ranker, item_lengths)
+
+    part = directory.parent / f".{directory.name}.{uuid.uuid4().hex}"
+    part.mkdir(parents=True)
+    try:
+        shutil.copytree(encoder_directory, part / "encoder")
+        shutil.copytree(ranker_directory, part / "ranker")
+        shutil.copytree(vertical_directory, part / "vertical", ignore=shutil.ignore_patterns("__pycache__"))
+        lines = [json.dumps({"id": d.id, "fields": dict(d.fields)}, ensure_ascii=False) for d in documents]
+        (part / "documents.jsonl").write_text("".join(line + "\n" for line in lines), encoding="utf-8")
+        made_from = {
+            "encoder_version": encoder.version,
+            "view": index_view,
+            "documents_sha256": _sha256(part / "documents.jsonl"),
+        }
+        ExactIndex(embeds, ids, metadata=made_from).save(part / "index")
+        if calibration is not None:
+            calibration.save(part / "calibration.json")
+        answers = known_answers(ranker, plan, triples)
+        _write_json(part / "selftest.json", [dataclasses.asdict(answer) for answer in answers])
+        (part / "MODEL_CARD.md").write_text(model_card, encoding="utf-8")
+        _write_json(
+            part / MANIFEST,
+            {
+                "format": FORMAT,
+                "name": name,
+                "encoder_version": encoder.version,
+                "ranker_version": ranker.version,
+                "prompt_fingerprint": ranker.prompt.template.fingerprint,
+                "label_ids": list(ranker.label_ids),
+                "lexical_view": lexical_view,
+                "plan": dataclasses.asdict(plan),
+                "files": {
+                    path: {"sha256": _sha256(part / path), "size_bytes": (part / path).stat().st_size}
+                    for path in _files(part)
+                },
+            },
+        )
+        if directory.exists():
+            shutil.rmtree(directory)
+        os.replace(part, directory)
+    finally:
+        shutil.rmtree(part, ignore_errors=True)
+    return directory
+
+
+def load_bundle(directory: str | Path) -> Bundle:
+    """Reads a bundle after checking every byte of it.
+
+    Raises: InputError that lists every missing, unlisted or changed file, or every part that does not fit the
+    others.
+    """
+    directory = Path(directory)
+    manifest = _read_json(directory / MANIFEST)
+    if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
+        raise InputError(f"{directory / MANIFEST} is not a bundle of format {FORMAT}; export it again")
+    _check_files(directory, manifest)
+    try:
+        return _load_checked(directory, manifest)
+    except (KeyError, TypeError) as error:
+        raise InputError(f"{directory} lacks a part ({error!r}); export it again") from error
+
+
+def _load_checked(directory: Path, manifest: Mapping[str, Any]) -> Bundle:
+    vertical = load_vertical(directory / "vertical")
+    encoder = load_encoder(directory / "encoder")
+    ranker = load_ranker(directory / "ranker")
+    with (directory / "documents.jsonl").open(encoding="utf-8", newline="\n") as file:
+        records = [json.loads(line) for line in file]
+    documents = [Document(record["id"], record["fields"]) for record in records]
+    corpus_digest = manifest["files"]["documents.jsonl"]["sha256"]
+    index = ExactIndex.load(directory / "index")
+    made_from = index.metadata
+    plan = ShapePlan(
+        tuple(manifest["plan"]["prefix_buckets"]),
+        tuple(manifest["plan"]["item_buckets"]),
+        manifest["plan"]["max_batch_tokens"],
+    )
+    pairs = [
+        ("the manifest's encoder", manifest["encoder_version"], "the encoder folder", encoder.version),
+        (
+            "the index was made by encoder",
+            made_from["encoder_version"],
+            "the encoder folder",
+            encoder.version,
+        ),
+        ("the manifest's ranker", manifest["ranker_version"], "the ranker folder", ranker.version),
+        (
+            "the manifest's prompt",
+            manifest["prompt_fingerprint"],
+            "the ranker's prompt",
+            ranker.prompt.template.fingerprint,
+        ),
+        ("the manifest's labels", manifest["label_ids"], "the ranker's labels", list(ranker.label_ids)),
+        ("the index's corpus", made_from["documents_sha256"], "documents", corpus_digest),
+        ("the index's width", index.embed_dim, "the encoder's", encoder.embed_dim),
+        ("the index has the documents' ids", index.ids == [d.id for d in documents], "expected", True),
+        ("BM25's view is known", manifest["lexical_view"] in vertical.views, "expected", True),
+        ("the ranker's view is known", ranker.view in vertical.views, "expected", True),
+    ]
+    if wrong := [f"{left}: {a}, {right}: {b}" for left, a, right, b in pairs if a != b]:
+        raise InputError("\n  ".join([f"{directory}: parts do not belong together; export it again", *wrong]))
+    calibration = None
+    if "calibration.json" in manifest["files"]:
+        calibration = IsotonicMap.load(directory / "calibration.json")
+    return Bundle(
+        directory=directory,
+        name=manifest["name"],
+        revision=hashlib.sha256((directory / MANIFEST).read_bytes()).hexdigest()[:12],
+        index_revision=manifest["files"]["index/embeds.npy"]["sha256"][:12],
+        vertical=vertical,
+        encoder=encoder,
+        ranker=ranker,
+        documents=documents,
+        index=index,
+        lexical_view=manifest["lexical_view"],
+        calibration=calibration,
+        plan=plan,
+        known_answers=[
+            KnownAnswer(answer["query"], tuple(answer["documents"]), tuple(answer["scores"]))
+            for answer in _read_json(directory / "selftest.json")
+        ],
+    )
+
+
+def _check_files(directory: Path, manifest: Mapping[str, Any]) -> None:
+    listed, found = manifest.get("files"), set(_files(directory))
+    if not isinstance(listed, dict):
+        raise InputError(f"{directory / MANIFEST} lists no files; export it again")
+    wrong = [f"missing: {path}" for path in sorted(listed.keys() - found)]
+    wrong += [f"not in the manifest: {path}" for path in sorted(found - listed.keys())]
+    for path in sorted(listed.keys() & found):
+        if _sha256(directory / path) != listed[path]["sha256"]:
+            wrong.append(f"changed: {path}")
+    if wrong:
+        raise InputError(f"{directory} is damaged; export it again\n  " + "\n  ".join(wrong))
+
+
+def _files(directory: Path) -> list[str]:
+    """Every file below, manifest excepted, as relative paths with forward slashes."""
+    paths = (path.relative_to(directory).as_posix() for path in directory.rglob("*") if path.is_file())
+    return sorted(path for path in paths if path != MANIFEST)
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _write_json(path: Path, value: Any) -> None:
+    path.write_text(json.dumps(value, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def _read_json(path: Path) -> Any:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise InputError(f"cannot read {path}: {error}; export the bundle again") from error

@@ -1,0 +1,305 @@
+"""What each path answers: from a parsed body to the reply's fields (api.md §3).
+
+A handler checks, tokenises in a thread, queues a job and shapes the reply. Statuses, headers and reading the body are
+`routes`', the search pipeline is `search`'s.
+"""
+
+import asyncio
+import base64
+import concurrent.futures
+import dataclasses
+import time
+import uuid
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+from fastapi import Request
+
+from jaxsearch.errors import InputError
+from jaxsearch.scoring.prefill import ScoreRequest
+from serve.batcher import Outcome
+from serve.engine import Engine, Job, Scored
+from serve.protocol import (
+    MAX_BODY_BYTES,
+    MAX_ITEMS,
+    DocumentObject,
+    EmbeddingsBody,
+    PairsBody,
+    RequestError,
+    RerankBody,
+    ScoreBody,
+    SearchBody,
+    check_count,
+    validate,
+)
+from serve.search import Searcher, sigmoid
+
+MAX_REQUEST_TOKENS = 300_000
+POLL_SECONDS = 0.25
+"""How often a waiting request looks whether its client is still there."""
+
+Reply = dict[str, Any]
+
+
+class ClientLeft(Exception):
+    """Nobody waits for the reply any more."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Limits:
+    """What one request may ask for."""
+
+    max_items: int = MAX_ITEMS
+    max_body_bytes: int = MAX_BODY_BYTES
+    max_request_tokens: int = MAX_REQUEST_TOKENS
+
+
+@dataclasses.dataclass
+class Call:
+    """One request while it is answered: parsed body, what to warn about, and where its time went."""
+
+    request: Request
+    body: dict[str, Any]
+    is_strict: bool
+    deadline: float | None = None
+    warnings: list[str] = dataclasses.field(default_factory=list)
+    seconds: dict[str, float] = dataclasses.field(default_factory=dict)
+
+    def validated(self, kind: Any) -> Any:
+        typed, warnings = validate(kind, self.body, is_strict=self.is_strict)
+        self.warnings += warnings
+        return typed
+
+
+class Service:
+    """The handlers, over one engine."""
+
+    def __init__(self, engine: Engine, limits: Limits) -> None:
+        self.engine = engine
+        self.limits = limits
+        self.executor = concurrent.futures.ThreadPoolExecutor(max_workers=2, thread_name_prefix="host")
+        self.searcher = Searcher(engine, self.executor)
+
+    async def score(self, call: Call) -> Reply:
+        """`/v1/score`, `/score`: SGLang's and vLLM's bodies, told apart by their keys."""
+        if "text_1" in call.body or "text_2" in call.body:
+            return await self._score_pairs(call)
+        check_count(call.body, "items", self.limits.max_items)
+        body: ScoreBody = call.validated(ScoreBody)
+        self._check_model(body.model)
+        if body.item_first:
+            raise InputError("item_first is not supported: the query is the prefix that all items share")
+        if body.label_token_ids is None:
+            texts = [item for item in body.items if isinstance(item, str)]
+            if not isinstance(body.query, str) or len(texts) < len(body.items):
+                raise InputError("token ids need label_token_ids; without them query and items are texts")
+            scored, truncated = await self._score_texts(call, body.query, texts)
+            raw = self.engine.bundle.ranker.scores(scored.logits)
+            scores = {"scores": sigmoid(raw).tolist(), "logits": raw.tolist(), "truncated": truncated}
+        else:
+            if body.apply_softmax is False:
+                raise InputError(
+                    "apply_softmax must be true: only the label rows of the output matrix are multiplied, so "
+                    "probabilities over the whole vocabulary do not exist"
+                )
+            request = await self._host(call, self._raw_request, body)
+            scored = await self._score(call, request)
+            scores = {"scores": softmax(scored.logits).tolist()}
+        return {**scores, "object": "scoring", "model": self._model, "usage": scored.usage()}
+
+    async def _score_pairs(self, call: Call) -> Reply:
+        check_count(call.body, "text_2", self.limits.max_items)
+        body: PairsBody = call.validated(PairsBody)
+        self._check_model(body.model)
+        texts = [body.text_2] if isinstance(body.text_2, str) else body.text_2
+        scored, _ = await self._score_texts(call, body.text_1, texts)
+        probs = sigmoid(self.engine.bundle.ranker.scores(scored.logits)).tolist()
+        data = [{"index": i, "object": "score", "score": prob} for i, prob in enumerate(probs)]
+        identity = {"id": f"score-{uuid.uuid4().hex}", "object": "list", "created": int(time.time())}
+        return {**identity, "model": self._model, "data": data, "usage": scored.usage()}
+
+    async def rerank(self, call: Call) -> Reply:
+        """`/rerank`, `/v1/rerank`, `/v2/rerank`: Cohere and Jina."""
+        check_count(call.body, "documents", self.limits.max_items)
+        body: RerankBody = call.validated(RerankBody)
+        self._check_model(body.model)
+        texts = [entry.text if isinstance(entry, DocumentObject) else entry for entry in body.documents]
+        scored, truncated = await self._score_texts(call, body.query, texts)
+        probs = sigmoid(self.engine.bundle.ranker.scores(scored.logits))
+        results = []
+        for index in np.argsort(-probs, kind="stable").tolist()[: body.top_n]:
+            result = {"index": index, "relevance_score": float(probs[index]), "truncated": truncated[index]}
+            if body.return_documents:
+                result["document"] = {"text": texts[index]}
+            results.append(result)
+        return {
+            "id": f"rerank-{uuid.uuid4().hex}",
+            "object": "rerank",
+            "model": self._model,
+            "results": results,
+            "usage": scored.usage(),
+            "meta": {"api_version": {"version": "2"}, "billed_units": {"search_units": 1}},
+        }
+
+    async def embeddings(self, call: Call) -> Reply:
+        """`/v1/embeddings`: OpenAI, as floats or base64 of little-endian float32."""
+        check_count(call.body, "input", self.limits.max_items)
+        body: EmbeddingsBody = call.validated(EmbeddingsBody)
+        self._check_model(body.model)
+        texts = [body.input] if isinstance(body.input, str) else body.input
+        if empty := [index for index, text in enumerate(texts) if not text.strip()]:
+            raise RequestError(400, f"input.{empty[0]} is empty; give some text", param="input")
+        width = self.engine.bundle.encoder.embed_dim
+        if body.dimensions not in (None, width):
+            raise RequestError(400, f"dimensions must be {width}, the encoder's width", param="dimensions")
+        job = await self._host(call, self.engine.embed_job, texts, body.input_type == "query")
+        self._check_tokens(job.tokens)
+        embeds, tokens = await self._run(call, job)
+        data = [
+            {"object": "embedding", "index": index, "embedding": _encoded(row, body.encoding_format)}
+            for index, row in enumerate(embeds)
+        ]
+        usage = {"prompt_tokens": tokens, "total_tokens": tokens}
+        return {"object": "list", "data": data, "model": self._model, "usage": usage}
+
+    async def search(self, call: Call) -> Reply:
+        """`/v1/search`: see `Searcher`."""
+        body: SearchBody = call.validated(SearchBody)
+        if body.timeout_ms is not None:
+            call.deadline = time.monotonic() + body.timeout_ms / 1000
+        self._check_query(body.query)
+
+        async def run(job: Job) -> Outcome:
+            return await self._outcome(call, job)
+
+        return await self.searcher.search(body, run)
+
+    def info(self) -> Reply:
+        """`/info`: what is served, with which limits, and in which state."""
+        engine, bundle = self.engine, self.engine.bundle
+        return {
+            "name": bundle.name,
+            "state": engine.state,
+            "failure": engine.failure,
+            "model_revision": bundle.revision,
+            "index_revision": bundle.index_revision,
+            "encoder_version": bundle.encoder.version,
+            "ranker_version": bundle.ranker.version,
+            "vertical": bundle.vertical.name,
+            "views": {name: list(fields) for name, fields in bundle.vertical.views.items()},
+            "fields": self.searcher.fields,
+            "num_documents": len(bundle.documents),
+            "embed_dim": bundle.encoder.embed_dim,
+            "label_token_ids": list(bundle.ranker.label_ids),
+            "is_calibrated": bundle.calibration is not None,
+            "num_known_answers": len(bundle.known_answers),
+            "num_programs": engine.num_programs,
+            "ready_seconds": engine.ready_seconds,
+            "plan": dataclasses.asdict(bundle.plan),
+            "limits": dataclasses.asdict(self.limits) | {"max_queue_tokens": engine.batcher.max_queue_tokens},
+            "queue_tokens": engine.batcher.queue_tokens,
+            "tokens_per_second": engine.batcher.tokens_per_second,
+        }
+
+    def models(self) -> Reply:
+        """`/v1/models`."""
+        entry = {"object": "model", "created": int(self.engine.started), "owned_by": "jaxsearch"}
+        return {"object": "list", "data": [{"id": name, **entry} for name in self._model_names]}
+
+    @property
+    def _model(self) -> str:
+        return self.engine.bundle.name
+
+    @property
+    def _model_names(self) -> tuple[str, ...]:
+        return (self._model, "encoder", "ranker")
+
+    def _check_model(self, model: str | None) -> None:
+        if model is not None and model not in self._model_names:
+            names = ", ".join(repr(name) for name in self._model_names)
+            message = f"model {model!r} is not served here; use one of {names}, or leave it out"
+            raise RequestError(404, message, code="model_not_found", param="model")
+
+    def _check_query(self, query: str) -> None:
+        """Refuses what cannot fit before it is tokenised."""
+        ranker = self.engine.bundle.ranker
+        most = ranker.prompt.max_shared_tokens * ranker.tokenizer.max_token_chars
+        if len(query) > most:
+            raise InputError(f"query has {len(query)} characters, at most {most} can fit; shorten it")
+
+    def _check_tokens(self, tokens: int) -> None:
+        limit = self.limits.max_request_tokens
+        if tokens > limit:
+            message = f"the request has {tokens} tokens, at most {limit} are allowed; split it"
+            raise RequestError(413, message, code="too_many_tokens")
+
+    def _raw_request(self, body: ScoreBody) -> ScoreRequest:
+        """Query and items as they are, special tokens parsed: the client has its own template."""
+        tokenizer = self.engine.bundle.ranker.tokenizer
+
+        def encoded(value: str | list[int], largest: int) -> list[int]:
+            if isinstance(value, list):
+                if wrong := [token for token in value if not 0 <= token < tokenizer.vocab_size]:
+                    raise InputError(f"token ids must be in 0..{tokenizer.vocab_size - 1}; got {wrong[0]}")
+                return value
+            if len(value) > largest * tokenizer.max_token_chars:
+                raise InputError(
+                    f"a text of {len(value)} characters does not fit {largest} tokens; shorten it"
+                )
+            return tokenizer.encode_template(value)
+
+        scorer = self.engine.scorer
+        prefix = encoded(body.query, scorer.prefix_buckets.largest)
+        items = [encoded(item, scorer.lattice.lengths.largest) for item in body.items]
+        return ScoreRequest(tuple(prefix), items, tuple(body.label_token_ids or ()))
+
+    async def _score_texts(self, call: Call, query: str, texts: Sequence[str]) -> tuple[Scored, list[bool]]:
+        """Scores documents with the ranker's prompt; also which of them were cut."""
+        self._check_query(query)
+        prompt = await self._host(call, self.engine.bundle.ranker.request, query, texts)
+        self.engine.telemetry.truncated_items.inc(sum(prompt.truncated))
+        return await self._score(call, ScoreRequest(prompt.prefix, prompt.items)), prompt.truncated
+
+    async def _score(self, call: Call, request: ScoreRequest) -> Scored:
+        self._check_tokens(len(request.prefix) + sum(map(len, request.items)))
+        return await self._run(call, self.engine.score_job(request))
+
+    async def _host(self, call: Call, function: Callable[..., Any], *arguments: Any) -> Any:
+        """Host work in a thread, timed as "tokenize"."""
+        begun = time.perf_counter()
+        result = await asyncio.get_running_loop().run_in_executor(self.executor, function, *arguments)
+        call.seconds["tokenize"] = time.perf_counter() - begun
+        return result
+
+    async def _run(self, call: Call, job: Job) -> Any:
+        outcome = await self._outcome(call, job)
+        call.seconds["queue"] = outcome.queue_seconds
+        call.seconds["compute"] = outcome.compute_seconds
+        return outcome.value
+
+    async def _outcome(self, call: Call, job: Job) -> Outcome:
+        """Queues a job and waits for it, as long as the client does."""
+        batcher = self.engine.batcher
+        future = batcher.submit(job.steps, job.tokens, deadline=call.deadline)
+        self.engine.telemetry.queue_tokens.set(batcher.queue_tokens)
+        waiting = asyncio.wrap_future(future)
+        while not waiting.done():
+            await asyncio.wait({waiting}, timeout=POLL_SECONDS)
+            if not waiting.done() and await call.request.is_disconnected():
+                future.cancel()
+                raise ClientLeft
+        self.engine.telemetry.queue_tokens.set(batcher.queue_tokens)
+        return waiting.result()
+
+
+def softmax(logits: np.ndarray) -> np.ndarray:
+    """Probabilities over the last axis."""
+    powers = np.exp(logits - logits.max(axis=-1, keepdims=True))
+    return powers / powers.sum(axis=-1, keepdims=True)
+
+
+def _encoded(row: np.ndarray, encoding: str | None) -> str | list[float]:
+    if encoding == "base64":
+        return base64.b64encode(row.astype("<f4").tobytes()).decode()
+    return row.tolist()

@@ -1,0 +1,95 @@
+"""Serves a bundle over HTTP.
+
+    python -m serve.main --bundle work/demo/export/bundle --port 8000
+
+The port answers at once; `/ready` says 200 when every program is compiled and the self-test has passed. SIGTERM
+answers what was accepted, then stops.
+"""
+
+import argparse
+import os
+import socket
+import sys
+
+import jax
+import rich.console
+import uvicorn
+
+from jaxsearch.bundle import load_bundle
+from jaxsearch.data.assets import cache_dir
+from jaxsearch.errors import InputError
+from serve.engine import Engine
+from serve.handlers import Limits
+from serve.protocol import MAX_BODY_BYTES, MAX_ITEMS
+from serve.routes import create_app
+from serve.telemetry import Telemetry
+
+SHUTDOWN_SECONDS = 60
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m serve.main", description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("--bundle", required=True, help="directory written by train.export")
+    parser.add_argument("--host", default="127.0.0.1", help="address to listen on (default %(default)s)")
+    parser.add_argument("--port", type=int, default=8000, help="0 takes a free one (default %(default)s)")
+    parser.add_argument("--max-items", type=int, default=MAX_ITEMS, help="items per request")
+    parser.add_argument("--max-body-bytes", type=int, default=MAX_BODY_BYTES, help="bytes per request body")
+    parser.add_argument(
+        "--max-queue-tokens", type=int, help="tokens that may wait before 429 (default: 4 largest batches)"
+    )
+    return parser
+
+
+def _listen(host: str, port: int) -> socket.socket:
+    try:
+        return socket.create_server((host, port))
+    except (OSError, OverflowError) as error:
+        raise InputError(
+            f"cannot listen on {host}:{port} ({error}); choose another --port or --host"
+        ) from None
+
+
+def serve(options: argparse.Namespace, console: rich.console.Console) -> None:
+    """Blocks until the server is told to stop.
+
+    Raises: InputError when the bundle cannot be loaded, the port is taken, or the self-test fails.
+    """
+    listener = _listen(options.host, options.port)
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
+    jax.config.update("jax_compilation_cache_dir", str(cache_dir() / "xla"))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
+    engine = Engine(load_bundle(options.bundle), Telemetry(), max_queue_tokens=options.max_queue_tokens)
+    address = f"http://{options.host}:{listener.getsockname()[1]}"
+
+    def on_prepared() -> None:
+        if engine.failure is not None:
+            server.should_exit = True
+        else:
+            console.print(
+                f"ready after {engine.ready_seconds:.1f} s with {engine.num_programs} programs: {address}",
+                soft_wrap=True,
+            )
+
+    app = create_app(engine, Limits(options.max_items, options.max_body_bytes), on_prepared=on_prepared)
+    config = uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=SHUTDOWN_SECONDS)
+    server = uvicorn.Server(config)
+    console.print(f"{engine.bundle.name} on {address}, compiling ...", soft_wrap=True)
+    server.run(sockets=[listener])
+    if engine.failure is not None:
+        raise InputError(f"not ready: {engine.failure}")
+
+
+def main() -> None:
+    options = _parser().parse_args()
+    console = rich.console.Console()
+    try:
+        serve(options, console)
+    except InputError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        sys.exit(130)
+
+
+if __name__ == "__main__":
+    main()

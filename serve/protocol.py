@@ -1,0 +1,215 @@
+"""The bodies that clients send, and how they are told that one is wrong (api.md §3).
+
+Bodies are read as JSON by `parse`, checked by a model of this module, and what the model does not know comes back as
+warnings. Nothing here touches the engine.
+"""
+
+from typing import Annotated, Any, Literal, TypeVar
+
+import orjson
+import pydantic
+from pydantic import ConfigDict, Field
+
+MAX_ITEMS = 1000
+MAX_BODY_BYTES = 32 * 2**20
+MAX_TOP_K = 1000
+MAX_DEPTH = 1000
+
+
+class RequestError(Exception):
+    """A reply other than 2xx: status, a message for people, a code for programs."""
+
+    def __init__(
+        self,
+        status: int,
+        message: str,
+        *,
+        code: str = "invalid_request",
+        param: str | None = None,
+        retry_after_seconds: float | None = None,
+    ) -> None:
+        super().__init__(message)
+        self.status = status
+        self.message = message
+        self.code = code
+        self.param = param
+        self.retry_after_seconds = retry_after_seconds
+
+
+class _Body(pydantic.BaseModel):
+    model_config = ConfigDict(strict=True, extra="allow")
+
+
+Text = Annotated[str, Field(min_length=1)]
+
+
+class ScoreBody(_Body):
+    """`/v1/score`: items against one query. With `label_token_ids`, raw tokens without the ranker's prompt."""
+
+    query: Text | list[int]
+    items: list[str] | list[list[int]]
+    label_token_ids: list[int] | None = None
+    apply_softmax: bool | None = None
+    item_first: bool | None = None
+    model: str | None = None
+
+
+class PairsBody(_Body):
+    """`/v1/score` in vLLM's words: one text against one or many."""
+
+    text_1: Text
+    text_2: Text | list[str]
+    model: str | None = None
+
+
+class DocumentObject(_Body):
+    text: str
+
+
+class RerankBody(_Body):
+    """Cohere v1 and v2, Jina."""
+
+    query: Text
+    documents: list[str | DocumentObject]
+    top_n: Annotated[int, Field(ge=1)] | None = None
+    return_documents: bool | None = None
+    model: str | None = None
+
+
+class EmbeddingsBody(_Body):
+    """OpenAI; `input_type` "query" puts the encoder's instruction before each text."""
+
+    input: str | list[str]
+    encoding_format: Literal["float", "base64"] | None = None
+    dimensions: int | None = None
+    input_type: Literal["query", "document"] | None = None
+    user: str | None = None
+    model: str | None = None
+
+
+class RetrieveOptions(_Body):
+    sources: list[Literal["embedding", "bm25"]] = ["embedding", "bm25"]
+    depth: Annotated[int, Field(ge=1, le=MAX_DEPTH)] = 100
+
+
+class RankOptions(_Body):
+    depth: Annotated[int, Field(ge=0, le=MAX_DEPTH)] = 20
+    variant: str = "ranker"
+    objective: dict[str, float] = {"relevance": 1.0}
+
+
+class SearchBody(_Body):
+    """`/v1/search`, ours (api.md §9)."""
+
+    query: Text
+    vertical: str | None = None
+    top_k: Annotated[int, Field(ge=1, le=MAX_TOP_K)] = 10
+    cursor: str | None = None
+    filter: dict[str, Any] | None = None
+    retrieve: RetrieveOptions = RetrieveOptions()
+    rank: RankOptions = RankOptions()
+    facets: list[str] = []
+    explain: bool = False
+    timeout_ms: Annotated[float, Field(gt=0)] | None = None
+
+
+BodyType = TypeVar("BodyType", bound=_Body)
+
+
+def parse(raw: bytes) -> dict[str, Any]:
+    """The JSON object of a body.
+
+    Raises: RequestError 400 for anything else: bad JSON, bad UTF-8, NaN, not an object.
+    """
+    try:
+        body = orjson.loads(raw)
+    except orjson.JSONDecodeError as error:
+        raise RequestError(400, f"the body is not valid JSON: {error}", code="invalid_json") from None
+    if not isinstance(body, dict):
+        raise RequestError(400, "the body must be a JSON object", code="invalid_json")
+    return body
+
+
+def check_count(body: dict[str, Any], key: str, limit: int) -> None:
+    """Refuses too long a list before its entries are looked at.
+
+    Raises: RequestError 400 for an empty list, 413 for one above `limit`.
+    """
+    value = body.get(key)
+    if isinstance(value, list) and not value:
+        raise RequestError(400, f"{key} is empty; give at least one", code="empty_input", param=key)
+    if isinstance(value, list) and len(value) > limit:
+        message = f"{key} has {len(value)} entries, at most {limit} are allowed in one request; split it"
+        raise RequestError(413, message, code="too_many_items", param=key)
+
+
+def validate(
+    kind: type[BodyType], body: dict[str, Any], *, is_strict: bool = False
+) -> tuple[BodyType, list[str]]:
+    """The typed body and a warning for each field that nobody reads.
+
+    Nulls count as absent, since clients send them. Raises: RequestError 400, also for unknown fields when `is_strict`.
+    """
+    given = {key: value for key, value in body.items() if value is not None}
+    try:
+        typed = kind.model_validate(given)
+    except pydantic.ValidationError as error:
+        raise _as_request_error(error) from None
+    unknown = _unknown_fields(typed)
+    if unknown and is_strict:
+        raise RequestError(
+            400, f"unknown fields: {', '.join(unknown)}", code="unknown_field", param=unknown[0]
+        )
+    query = body.get("query")
+    if isinstance(query, str) and not query.strip():
+        raise RequestError(400, "query is empty; give some text", code="empty_input", param="query")
+    return typed, [f"unknown field {name!r} was ignored" for name in unknown]
+
+
+def error_body(error: RequestError, *, dialect: str, request_id: str) -> dict[str, Any]:
+    """The error as the path's clients expect it: "openai" for embeddings, "rerank" for all others."""
+    kind = "server_error" if error.status >= 500 else "invalid_request_error"
+    if error.status in (429, 503):
+        kind = "overloaded_error"
+    if dialect == "openai":
+        return {"error": {"message": error.message, "type": kind, "param": error.param, "code": error.code}}
+    return {
+        "message": error.message,
+        "detail": error.message,
+        "object": "error",
+        "type": kind,
+        "code": error.code,
+        "param": error.param,
+        "id": request_id,
+    }
+
+
+def _unknown_fields(model: _Body, prefix: str = "") -> list[str]:
+    names = [prefix + name for name, value in (model.model_extra or {}).items() if value is not None]
+    for field in type(model).model_fields:
+        value = getattr(model, field)
+        if isinstance(value, _Body):
+            names += _unknown_fields(value, f"{prefix}{field}.")
+    return names
+
+
+def _as_request_error(error: pydantic.ValidationError) -> RequestError:
+    """The first few complaints in one line, each with the place it is about."""
+    places: dict[str, str] = {}
+    for problem in error.errors(include_url=False, include_input=False, include_context=False):
+        place = ".".join(str(part) for part in problem["loc"] if not _is_union_branch(part))
+        message = problem["msg"][:1].lower() + problem["msg"][1:]
+        if message not in places.get(place, ""):
+            places[place] = f"{places[place]}, or {message}" if place in places else message
+    told = "; ".join(f"{place or 'body'}: {message}" for place, message in list(places.items())[:3])
+    return RequestError(400, told, param=next(iter(places), None))
+
+
+def _is_union_branch(part: str | int) -> bool:
+    """Pydantic puts the name of the tried type into the place; clients only know their fields."""
+    return isinstance(part, str) and (part in ("str", "int", "DocumentObject") or "[" in part)
+
+
+def to_json(value: Any) -> bytes:
+    """JSON bytes, NumPy arrays included; NaN and infinities become null."""
+    return orjson.dumps(value, option=orjson.OPT_SERIALIZE_NUMPY)

@@ -1,0 +1,200 @@
+"""HTTP in front of the handlers: readiness, bodies, statuses, headers, and the paths (api.md §1, §3.3).
+
+Liveness (`/health`) and readiness (`/ready`) differ: the port answers while programs are still being compiled. What is
+wrong with a request is told in the body that the path's clients read.
+"""
+
+import asyncio
+import contextlib
+import logging
+import math
+import threading
+import time
+import uuid
+from collections.abc import AsyncIterator, Awaitable, Callable
+
+from fastapi import FastAPI, Request, Response
+from starlette.exceptions import HTTPException
+
+from jaxsearch.errors import InputError
+from serve.batcher import DeadlineExceeded, QueueFull, Stopped
+from serve.engine import Engine
+from serve.handlers import Call, ClientLeft, Limits, Reply, Service
+from serve.protocol import RequestError, error_body, parse, to_json
+
+LARGE_BODY_BYTES = 256 * 1024
+"""Bodies above this are parsed in a thread."""
+STARTING_SECONDS = 5
+
+log = logging.getLogger("jaxsearch.serve")
+
+
+async def _answer(
+    service: Service, request: Request, handler: Callable[[Call], Awaitable[Reply]]
+) -> Response:
+    """Runs a handler and turns whatever it raises into the path's error body."""
+    begun = time.perf_counter()
+    path = request.url.path
+    request_id = request.headers.get("x-request-id") or uuid.uuid4().hex
+    headers = {"x-request-id": request_id[:128], "x-model-revision": service.engine.bundle.revision}
+    try:
+        _check_ready(service.engine)
+        raw = await _read_body(request, service.limits.max_body_bytes)
+        if len(raw) > LARGE_BODY_BYTES:
+            body = await asyncio.get_running_loop().run_in_executor(service.executor, parse, raw)
+        else:
+            body = parse(raw)
+        call = Call(request, body, request.query_params.get("strict") in ("1", "true"))
+        reply = await handler(call)
+        call.seconds["total"] = time.perf_counter() - begun
+        for stage, seconds in call.seconds.items():
+            service.engine.telemetry.stage_seconds.labels(stage).observe(seconds)
+        timings = {stage: round(1000 * seconds, 3) for stage, seconds in call.seconds.items()}
+        reply = {"timings_ms": timings, **reply, "warnings": call.warnings}
+        status, content = 200, to_json(reply)
+    except ClientLeft:
+        status, content = 499, b""
+    except Exception as error:  # every failure is told in the dialect of the path, and the server lives on
+        refusal = _as_request_error(error, request_id)
+        dialect = "openai" if path.endswith("/embeddings") else "rerank"
+        status = refusal.status
+        content = to_json(error_body(refusal, dialect=dialect, request_id=request_id))
+        if refusal.retry_after_seconds is not None:
+            headers["retry-after"] = str(math.ceil(refusal.retry_after_seconds))
+            headers["retry-after-ms"] = str(math.ceil(1000 * refusal.retry_after_seconds))
+    service.engine.telemetry.requests.labels(path, str(status)).inc()
+    return Response(content, status, headers, media_type="application/json")
+
+
+def _as_request_error(error: Exception, request_id: str) -> RequestError:
+    match error:
+        case RequestError():
+            return error
+        case InputError():
+            return RequestError(400, str(error))
+        case QueueFull():
+            return RequestError(
+                429, str(error), code="queue_full", retry_after_seconds=max(error.retry_after_seconds, 0.05)
+            )
+        case DeadlineExceeded():
+            return RequestError(504, str(error), code="deadline_exceeded")
+        case Stopped():
+            return RequestError(503, str(error), code="stopping", retry_after_seconds=STARTING_SECONDS)
+    log.error("request %s failed", request_id, exc_info=error)
+    return RequestError(500, f"internal error; the server's log has it under {request_id}", code="internal")
+
+
+def _check_ready(engine: Engine) -> None:
+    if engine.state == "failed":
+        raise RequestError(503, f"not ready: {engine.failure}", code="not_ready", retry_after_seconds=60)
+    if engine.state != "ready":
+        raise RequestError(
+            503, f"not ready: {engine.state}", code="not_ready", retry_after_seconds=STARTING_SECONDS
+        )
+
+
+async def _read_body(request: Request, limit: int) -> bytes:
+    """The body, or 413 once it is read to its end: a client that still sends would not see the reply."""
+    chunks, size = [], 0
+    async for chunk in request.stream():
+        size += len(chunk)
+        if size <= limit:
+            chunks.append(chunk)
+        elif size > 4 * limit:
+            break
+    if size > limit:
+        declared = request.headers.get("content-length", f"over {limit}")
+        message = f"the body has {declared} bytes, at most {limit} are allowed; split the request"
+        raise RequestError(413, message, code="body_too_large")
+    return b"".join(chunks)
+
+
+def create_app(
+    engine: Engine, limits: Limits | None = None, *, on_prepared: Callable[[], None] | None = None
+) -> FastAPI:
+    """The application. On start-up it prepares the engine in a thread and calls `on_prepared` after that, ready or
+    failed; on shutdown it answers what is queued."""
+    service = Service(engine, limits or Limits())
+
+    def prepare() -> None:
+        try:
+            engine.prepare()
+        except Exception as error:
+            log.error("not ready: %s", error, exc_info=not isinstance(error, InputError))
+        if on_prepared is not None:
+            on_prepared()
+
+    @contextlib.asynccontextmanager
+    async def lifespan(_: FastAPI) -> AsyncIterator[None]:
+        thread = threading.Thread(target=prepare, name="prepare", daemon=True)
+        thread.start()
+        yield
+        await asyncio.to_thread(thread.join)
+        await asyncio.to_thread(engine.close)
+        engine.telemetry.close()
+        service.executor.shutdown()
+
+    app = FastAPI(title="jaxsearch", lifespan=lifespan)
+    handlers = {
+        service.score: ("/v1/score", "/score"),
+        service.rerank: ("/rerank", "/v1/rerank", "/v2/rerank", "/v1/reranking"),
+        service.embeddings: ("/v1/embeddings", "/embeddings"),
+        service.search: ("/v1/search",),
+    }
+    for handler, paths in handlers.items():
+        for path in paths:
+            _add_post(app, service, path, handler)
+    _add_gets(app, service)
+
+    @app.exception_handler(HTTPException)
+    async def refuse(request: Request, error: HTTPException) -> Response:
+        message = f"{request.method} {request.url.path}: {error.detail}"
+        refusal = RequestError(error.status_code, message, code="not_found")
+        content = to_json(error_body(refusal, dialect="rerank", request_id=uuid.uuid4().hex))
+        return Response(content, error.status_code, error.headers, media_type="application/json")
+
+    return app
+
+
+def _add_post(app: FastAPI, service: Service, path: str, handler: Callable[[Call], Awaitable[Reply]]) -> None:
+    async def endpoint(request: Request) -> Response:
+        return await _answer(service, request, handler)
+
+    app.add_api_route(path, endpoint, methods=["POST"], response_model=None)
+
+
+def _add_gets(app: FastAPI, service: Service) -> None:
+    engine = service.engine
+
+    def reply(value: Reply, status: int = 200, headers: dict[str, str] | None = None) -> Response:
+        return Response(to_json(value), status, headers, media_type="application/json")
+
+    @app.get("/health")
+    @app.get("/ping")
+    async def health() -> Response:
+        return reply({"status": "alive", "state": engine.state})
+
+    @app.get("/ready")
+    async def ready() -> Response:
+        try:
+            _check_ready(engine)
+        except RequestError as error:
+            seconds = str(math.ceil(error.retry_after_seconds or STARTING_SECONDS))
+            return reply({"state": engine.state, "message": error.message}, 503, {"retry-after": seconds})
+        return reply({"state": engine.state, "num_programs": engine.num_programs})
+
+    @app.get("/info")
+    @app.get("/server_info")
+    @app.get("/get_server_info")
+    async def info() -> Response:
+        return reply(service.info())
+
+    @app.get("/v1/models")
+    @app.get("/models")
+    async def models() -> Response:
+        return reply(service.models())
+
+    @app.get("/metrics")
+    async def metrics() -> Response:
+        engine.telemetry.queue_tokens.set(engine.batcher.queue_tokens)
+        return Response(engine.telemetry.exposition(), media_type="text/plain; version=0.0.4; charset=utf-8")
