@@ -1,0 +1,111 @@
+"""BM25 over words: the baseline every learned system has to beat, behind the interface of the vector indexes.
+
+Lower-cased words of two letters or more, English stop words dropped, no stemming. A document that shares no
+word with the query is not found at all.
+"""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from jaxtyping import Shaped
+
+from jaxsearch.errors import InputError
+from jaxsearch.retrieval import NO_DOCUMENT, Hits, check_documents, check_request, read_index, write_index
+
+
+class Bm25Index:
+    """BM25 (bm25s, Lucene's variant) over one text per document.
+
+    Args:
+      texts: the documents' texts.
+      ids: one id per text, unique.
+      k1: saturation of term frequency, >= 0.
+      b: normalisation by length, in [0, 1].
+      metadata: kept in the folder with the index.
+
+    Raises:
+      InputError: ids that repeat or do not match the texts; no text holds a word.
+
+    Source: Robertson, Zaragoza, "The Probabilistic Relevance Framework: BM25 and Beyond", 2009; Kamphuis et
+    al., "Which BM25 Do You Mean?", 2020, for the variant.
+    """
+
+    kind = "bm25"
+
+    def __init__(
+        self,
+        texts: Sequence[str],
+        ids: Sequence[str],
+        *,
+        k1: float = 1.5,
+        b: float = 0.75,
+        metadata: Mapping[str, Any] | None = None,
+    ):
+        import bm25s
+
+        self.ids = check_documents(ids, len(texts))
+        self.metadata = dict(metadata or {})
+        self._settings = {"k1": k1, "b": b}
+        tokens = self._words(texts)
+        if not any(tokens):
+            raise InputError("no document holds a word to index; check the view's fields")
+        self._model = bm25s.BM25(k1=k1, b=b)
+        self._model.index(tokens, show_progress=False)
+
+    @staticmethod
+    def _words(texts: Sequence[str]) -> list[list[str]]:
+        import bm25s
+
+        tokens = bm25s.tokenize(list(texts), stopwords="en", return_ids=False, show_progress=False)
+        return [[str(word) for word in words] for words in tokens]
+
+    def search(
+        self,
+        queries: Sequence[str],
+        k: int,
+        filter_mask: Shaped[np.ndarray, "n"] | Shaped[np.ndarray, "q n"] | None = None,
+    ) -> Hits:
+        """The best k documents of each query text that share a word with it.
+
+        Args, Raises: as `ExactIndex.search`, with texts for embeddings.
+        """
+        check_request(len(queries), k, len(self.ids), filter_mask)
+        result = Hits(
+            np.full((len(queries), k), -np.inf, np.float32), np.full((len(queries), k), NO_DOCUMENT, np.int32)
+        )
+        for query, words in enumerate(self._words(queries) if queries else []):
+            known = [word for word in words if word in self._model.vocab_dict]
+            if not known:
+                continue
+            scores = np.asarray(self._model.get_scores(known), np.float32)
+            is_kept = scores > 0
+            if filter_mask is not None:
+                is_kept &= filter_mask if filter_mask.ndim == 1 else filter_mask[query]
+            found = np.flatnonzero(is_kept)
+            order = found[np.argsort(-scores[found], kind="stable")[:k]]
+            result.scores[query, : len(order)] = scores[order]
+            result.positions[query, : len(order)] = order
+        return result
+
+    def save(self, directory: str | Path) -> None:
+        """Writes a folder of .npy and JSON files."""
+
+        def write_files(folder: Path) -> None:
+            self._model.save(str(folder / "bm25"), show_progress=False)
+
+        write_index(directory, self.kind, self.ids, self._settings, self.metadata, write_files)
+
+    @classmethod
+    def load(cls, directory: str | Path) -> "Bm25Index":
+        """Reads a saved folder. Raises: InputError as `ExactIndex.load`."""
+        import bm25s
+
+        index = cls.__new__(cls)
+        index.ids, index._settings, index.metadata = read_index(directory, cls.kind)
+        try:
+            index._model = bm25s.BM25.load(str(Path(directory) / "bm25"))
+        except (OSError, ValueError, KeyError, EOFError) as error:
+            raise InputError(f"{directory} is damaged ({error}); build the index again") from None
+        return index
