@@ -17,7 +17,7 @@ import shutil
 import tempfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, Self
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -85,7 +85,7 @@ class TrainCheckpoints:
             ),
         )
 
-    def __enter__(self) -> Self:
+    def __enter__(self) -> "TrainCheckpoints":
         return self
 
     def __exit__(self, *_) -> None:
