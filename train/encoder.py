@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Literal
 
 import numpy as np
-from jaxsearch.data.sources import load_collection
 
 from jaxsearch.data.assets import resolve
 from jaxsearch.data.batches import (
@@ -23,6 +22,7 @@ from jaxsearch.data.batches import (
     step_batches,
 )
 from jaxsearch.data.records import Collection, Query, Run
+from jaxsearch.data.sources import load_collection
 from jaxsearch.data.tokenizer import Tokenizer
 from jaxsearch.data.verticals import Vertical, document_text, load_vertical
 from jaxsearch.encoder import Encoder, EncoderBatch, EncoderLoss, TextEncoder, save_encoder
@@ -45,6 +45,8 @@ class EncoderConfig:
     """Which view of a document is embedded."""
     backbone: str = "minilm"
     """Asset, hub name or folder; a BERT, or a decoder with pooling=last."""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """Of the computation; the weights that are trained stay float32."""
     pooling: str = "mean"
     """mean or last."""
     rounds: int = 1
@@ -139,7 +141,7 @@ def main(config: EncoderConfig, workdir: Path) -> None:
     collection = load_collection(config.collection)
     vertical = load_vertical(config.vertical)
     directory = resolve(config.backbone)
-    encoder = Encoder(load_pretrained(directory), pooling=config.pooling)
+    encoder = Encoder(load_pretrained(directory, dtype=config.dtype), pooling=config.pooling)
     tokenizer = Tokenizer.from_path(directory)
 
     text_encoder = TextEncoder(

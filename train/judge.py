@@ -11,10 +11,10 @@ from typing import Literal
 
 import numpy as np
 from flax import nnx
-from jaxsearch.data.sources import load_collection
 
 from jaxsearch.data.assets import resolve
 from jaxsearch.data.batches import multiples, pad_tokens, shuffled, step_batches
+from jaxsearch.data.sources import load_collection
 from jaxsearch.data.tokenizer import Tokenizer
 from jaxsearch.data.verticals import load_vertical
 from jaxsearch.judge import (
@@ -27,7 +27,7 @@ from jaxsearch.judge import (
     new_judge,
     save_judge,
 )
-from jaxsearch.metrics import clustered_interval, weighted_kappa
+from jaxsearch.metrics import kappa_interval
 from jaxsearch.nn.convert import load_pretrained
 from jaxsearch.nn.lora import LoRAParam, add_lora, merge_lora
 from jaxsearch.scoring.prefill import ScoreRequest
@@ -50,6 +50,10 @@ class JudgeConfig:
     """Asset, hub name or folder of the decoder."""
     retriever: str = "minilm"
     """Whose best documents become hard negatives."""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """Of the computation; the weights that are trained stay float32."""
+    use_remat: bool = False
+    """Recompute layers in the backward pass: less memory, about a third more time."""
     lora_rank: int = 16
     lora_alpha: float = 32.0
     """The adapter's output is multiplied by alpha / rank."""
@@ -105,13 +109,12 @@ def agreement(
     scorer = offline_scorer(judge)
     logits = scorer.score([ScoreRequest(encoded.prefix, encoded.items)])[0]
     predicted = np.rint(expected_grade(grade_probs(logits))).astype(int)
-    gold = np.array(grades)
-    low, high = clustered_interval(lambda rows: weighted_kappa(gold[rows], predicted[rows]), groups)
+    kappa = kappa_interval(grades, predicted, groups=groups)
     return {
-        "weighted_kappa": float(weighted_kappa(gold, predicted)),
-        "weighted_kappa_low": low,
-        "weighted_kappa_high": high,
-        "accuracy": float((gold == predicted).mean()),
+        "weighted_kappa": kappa.value,
+        "weighted_kappa_low": kappa.low,
+        "weighted_kappa_high": kappa.high,
+        "accuracy": float((np.array(grades) == predicted).mean()),
         "pairs": float(len(grades)),
     }
 
@@ -120,7 +123,7 @@ def main(config: JudgeConfig, workdir: Path) -> None:
     collection = load_collection(config.collection)
     vertical = load_vertical(config.vertical)
     base = resolve(config.base)
-    decoder = load_pretrained(base)
+    decoder = load_pretrained(base, dtype=config.dtype, use_remat=config.use_remat)
     judge = new_judge(
         decoder,
         Tokenizer.from_path(base),

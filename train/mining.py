@@ -7,14 +7,14 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
-from jaxsearch.data.assets import resolve
 
+from jaxsearch.data.assets import resolve
 from jaxsearch.data.batches import CandidateSampler, multiples
 from jaxsearch.data.records import Collection, Qrels, Query, Run
 from jaxsearch.data.verticals import Vertical, document_text
 from jaxsearch.encoder import TextEncoder, load_encoder
 from jaxsearch.judge import TextJudge
-from jaxsearch.metrics import restrict_qrels
+from jaxsearch.metrics import restrict
 from jaxsearch.ranker import TextRanker
 from jaxsearch.scoring.prefill import PrefillScorer
 
@@ -84,7 +84,7 @@ def pair_texts(
 def seen_qrels(collection: Collection, queries: Sequence[Query]) -> Qrels:
     """The grades of seen documents only: what a checkpoint may be chosen by."""
     qrels = {query.id: collection.qrels.get(query.id, {}) for query in queries}
-    return restrict_qrels(qrels, collection.documents.keys() - collection.unseen_documents)
+    return restrict(qrels, collection.documents.keys() - collection.unseen_documents)
 
 
 def offline_scorer(model: TextJudge | TextRanker, *, max_batch_tokens: int = 2048) -> PrefillScorer:

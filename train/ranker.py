@@ -13,7 +13,6 @@ from typing import Literal
 
 import numpy as np
 from flax import nnx
-from jaxsearch.data.sources import load_collection
 
 from jaxsearch.data.assets import resolve
 from jaxsearch.data.batches import (
@@ -25,6 +24,7 @@ from jaxsearch.data.batches import (
     step_batches,
 )
 from jaxsearch.data.records import MAX_GRADE, Collection, Run
+from jaxsearch.data.sources import load_collection
 from jaxsearch.data.tokenizer import Tokenizer
 from jaxsearch.data.verticals import Vertical, document_text, load_vertical
 from jaxsearch.encoder import TextEncoder
@@ -54,6 +54,10 @@ class RankerConfig:
     """Asset, hub name or folder of the decoder that is cut and trained."""
     layers: tuple[int, ...] = tuple(range(12))
     """The layers of the base that are kept, in order."""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """Of the computation; the weights that are trained stay float32."""
+    use_remat: bool = False
+    """Recompute layers in the backward pass: less memory, about a third more time."""
     labels: str = "work/labels"
     """Workdir of train.label; empty: no teacher."""
     retriever: str = "minilm"
@@ -216,7 +220,7 @@ def main(config: RankerConfig, workdir: Path) -> None:
     collection = load_collection(config.collection)
     vertical = load_vertical(config.vertical)
     base = resolve(config.base)
-    decoder = load_pretrained(base)
+    decoder = load_pretrained(base, dtype=config.dtype, use_remat=config.use_remat)
     assert isinstance(decoder, Decoder)
     ranker = new_ranker(
         keep_layers(decoder, config.layers),

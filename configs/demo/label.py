@@ -1,6 +1,7 @@
 """The demo's labels: the judge grades 2,480 pairs of 310 train queries.
 
-Command: python -m train.label --config configs/demo/label.py --workdir work/demo/label --set judge=work/demo/judge/model
+Command: python -m train.label --config configs/demo/label.py --workdir work/demo/label
+         --set judge=work/demo/judge/model
 Time: about 2 minutes on two cores (quick: 10 seconds).
 Numbers: none; the ranker's table says what the labels are worth.
 """

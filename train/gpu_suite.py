@@ -1,0 +1,284 @@
+"""What to run on an accelerator, in one command: parity, training, scoring, retrieval, then a recipe.
+
+    python -m train.gpu_suite --config configs/gpu_suite.py --workdir work/gpu_suite
+
+Each figure is measured in this process on random weights of the stated shape (speed does not depend on their values).
+Writes `report.json` and `report.md`. `--quick` is a tiny shape that any CPU runs in a minute. Needs neither grain,
+tensorflow-datasets, scann, bm25s nor a web framework.
+"""
+
+import dataclasses
+import datetime
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from jaxsearch.nn.transformer import Decoder, DecoderConfig, last_hidden
+from jaxsearch.ranker import Ranker, RankerBatch, RankerLoss
+from jaxsearch.retrieval.exact import ExactIndex
+from jaxsearch.scoring.prefill import PrefillScorer, ScoreRequest
+from train.options import run, write_json
+from train.step import MeshConfig, OptimizerConfig, TrainStep
+
+LABEL_IDS = (9, 10)
+
+
+@dataclasses.dataclass(frozen=True)
+class GpuSuiteConfig:
+    """Shapes and repeats of every measurement. The decoder's default is the published 0.6B shape (system.md §3)."""
+
+    embed_dim: int = 1024
+    mlp_dim: int = 3072
+    num_layers: int = 28
+    num_heads: int = 16
+    num_kv_heads: int = 8
+    head_dim: int = 128
+    vocab_size: int = 151_936
+    repeats: int = 7
+    """Timed runs after one warm-up; medians are reported with minimum and maximum."""
+    matmul_size: int = 8192
+    """Side of the square bf16 product that stands for the device's peak."""
+    train_queries: int = 8
+    train_candidates: int = 8
+    train_item_tokens: int = 256
+    prefix_tokens: int = 60
+    item_tokens: int = 150
+    items: int = 50
+    p95_items: int = 16
+    requests: int = 40
+    """Requests whose latencies give the 95th percentile."""
+    max_batch_tokens: int = 8192
+    documents: int = 2_000_000
+    embed_size: int = 384
+    queries: int = 64
+    recipe: str = ""
+    """Pipeline config that is run at the end, for example configs/reference/pipeline.py."""
+
+
+def timed(call: Callable[[], Any], repeats: int) -> list[float]:
+    """Seconds of each run after a warm-up, each waited for."""
+    jax.block_until_ready(call())
+    seconds = []
+    for _ in range(repeats):
+        started = time.perf_counter()
+        jax.block_until_ready(call())
+        seconds.append(time.perf_counter() - started)
+    return seconds
+
+
+def spread(values: list[float]) -> dict[str, float]:
+    return {"median": statistics.median(values), "minimum": min(values), "maximum": max(values)}
+
+
+def new_decoder(config: GpuSuiteConfig, dtype: Any) -> Decoder:
+    shape = DecoderConfig(
+        "qwen3",
+        config.vocab_size,
+        config.embed_dim,
+        config.mlp_dim,
+        config.num_layers,
+        config.num_heads,
+        config.num_kv_heads,
+        config.head_dim,
+        max_positions=4096,
+        use_qk_norm=True,
+        tie_embeddings=True,
+    )
+    return Decoder(shape, rngs=nnx.Rngs(0), dtype=dtype)
+
+
+def matmul_weights(config: GpuSuiteConfig) -> int:
+    """Weights that every token is multiplied with; embeddings and attention products not counted."""
+    heads = config.num_heads * config.head_dim * 2 + config.num_kv_heads * config.head_dim * 2
+    return config.num_layers * config.embed_dim * (heads + 3 * config.mlp_dim)
+
+
+def matmul_peak(config: GpuSuiteConfig) -> dict[str, float]:
+    """FLOP/s of one large bf16 product: the peak that shares are stated of."""
+    size = config.matmul_size
+    left = jax.random.normal(jax.random.key(0), (size, size), jnp.bfloat16)
+    product = jax.jit(lambda x: x @ x)
+    return spread([2 * size**3 / seconds for seconds in timed(lambda: product(left), config.repeats)])
+
+
+def parity(config: GpuSuiteConfig) -> dict[str, float]:
+    """Largest difference of bf16 from float32 logits over all positions, relative to the largest float32 logit."""
+    decoder, half = new_decoder(config, jnp.float32), new_decoder(config, jnp.bfloat16)
+    tokens = jax.random.randint(jax.random.key(1), (2, config.item_tokens), 0, config.vocab_size)
+
+    def logits(model: Decoder) -> np.ndarray:
+        run_ = nnx.jit(lambda m, t: m.logits(m(t), jnp.arange(64, dtype=jnp.int32)))
+        return np.asarray(run_(model, tokens), np.float32)
+
+    full, low = logits(decoder), logits(half)
+    where = jnp.ones(tokens.shape, bool)
+    split = config.prefix_tokens // 2
+
+    def shared(model: Decoder, t: jax.Array) -> jax.Array:
+        _, prefix = model.prefill(t[:, :split], where[:, :split])
+        hidden = model.attend_prefix(t[:, None, split:], where[:, None, split:], prefix)
+        return model.logits(
+            last_hidden(hidden, where[:, None, split:])[:, 0], jnp.arange(64, dtype=jnp.int32)
+        )
+
+    behind_prefix = np.asarray(nnx.jit(shared)(decoder, tokens), np.float32)
+    scale = float(np.abs(full).max())
+    return {
+        "bf16_max_error": float(np.abs(full - low).max()) / scale,
+        "shared_prefix_max_error": float(np.abs(behind_prefix - full[:, -1]).max()) / scale,
+    }
+
+
+def training(config: GpuSuiteConfig, peak: float) -> dict[str, Any]:
+    """Tokens/s of the ranker's training step in bf16 with float32 masters, and its share of the peak."""
+    ranker = Ranker(new_decoder(config, jnp.bfloat16), label_ids=LABEL_IDS)
+    step = TrainStep(
+        ranker,
+        RankerLoss(),
+        optimizer=OptimizerConfig(learning_rate=1e-5),
+        mesh=MeshConfig(),
+        num_steps=100,
+        seed=0,
+        trainable=nnx.Param,
+    )
+    shape = (config.train_queries, config.train_candidates)
+    rng = np.random.default_rng(0)
+    batch = RankerBatch(
+        rng.integers(0, config.vocab_size, (shape[0], config.prefix_tokens)).astype(np.int32),
+        np.ones((shape[0], config.prefix_tokens), bool),
+        rng.integers(0, config.vocab_size, (*shape, config.train_item_tokens)).astype(np.int32),
+        np.ones((*shape, config.train_item_tokens), bool),
+        rng.random(shape, np.float32),
+        np.ones(shape, bool),
+        rng.random(shape, np.float32),
+        np.ones(shape, bool),
+    )
+    state = step.initial_state()
+
+    def take() -> Any:
+        nonlocal state
+        state, metrics = step.take(state, batch)
+        return metrics["loss"]
+
+    tokens = shape[0] * (config.prefix_tokens + shape[1] * config.train_item_tokens)
+    rates = [tokens / seconds for seconds in timed(take, config.repeats)]
+    flops_per_token = 6 * matmul_weights(config)
+    return {
+        "tokens_per_second": spread(rates),
+        "share_of_matmul_peak": statistics.median(rates) * flops_per_token / peak,
+        "tokens_per_step": tokens,
+    }
+
+
+def scoring(config: GpuSuiteConfig, peak: float) -> dict[str, Any]:
+    """Items/s of the prefill scorer in bf16, each request with a new prefix, and p95 latency of a small request."""
+    scorer = PrefillScorer(
+        new_decoder(config, jnp.bfloat16),
+        LABEL_IDS,
+        prefix_buckets=(config.prefix_tokens,),
+        item_buckets=(config.item_tokens,),
+        max_batch_tokens=config.max_batch_tokens,
+    )
+    rng = np.random.default_rng(0)
+
+    def request(count: int) -> ScoreRequest:
+        prefix = tuple(rng.integers(0, config.vocab_size, config.prefix_tokens).tolist())
+        return ScoreRequest(prefix, rng.integers(0, config.vocab_size, (count, config.item_tokens)).tolist())
+
+    seconds = timed(lambda: scorer.score([request(config.items)])[0], config.repeats)
+    small = timed(lambda: scorer.score([request(config.p95_items)])[0], config.requests)
+    items_per_second = [config.items / value for value in seconds]
+    tokens = (config.prefix_tokens + config.items * config.item_tokens) / config.items
+    flops_per_item = 2 * matmul_weights(config) * tokens
+    return {
+        "items_per_second": spread(items_per_second),
+        "share_of_matmul_peak": statistics.median(items_per_second) * flops_per_item / peak,
+        "p95_milliseconds": float(np.percentile(small, 95)) * 1e3,
+        "p50_milliseconds": float(np.percentile(small, 50)) * 1e3,
+    }
+
+
+def retrieval(config: GpuSuiteConfig) -> dict[str, Any]:
+    """Documents/s and bytes/s of exhaustive top-100 over random bf16 embeddings."""
+    rng = np.random.default_rng(0)
+    embeds = rng.standard_normal((config.documents, config.embed_size), np.float32)
+    ids = [str(i) for i in range(config.documents)]
+    index = ExactIndex(embeds, ids, dtype=jnp.bfloat16, max_queries=config.queries)
+    queries = rng.standard_normal((config.queries, config.embed_size), np.float32)
+    many = timed(lambda: index.search(queries, 100).scores, config.repeats)
+    one = timed(lambda: index.search(queries[:1], 100).scores, config.repeats)
+    size_bytes = config.documents * config.embed_size * 2
+    return {
+        "query_documents_per_second": spread([config.queries * config.documents / value for value in many]),
+        "bytes_per_second_one_query": spread([size_bytes / value for value in one]),
+    }
+
+
+def commit() -> str:
+    shown = subprocess.run(
+        ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False
+    )
+    return shown.stdout.strip() or "unknown"
+
+
+def markdown(report: dict[str, Any]) -> str:
+    """The report as a page: what ran where, then one row a figure."""
+    lines = [
+        f"# Accelerator suite, {report['date']}",
+        "",
+        f"Device {report['device']}, jax {report['jax']}, commit {report['commit']}. Random weights, "
+        f"{report['weights'] / 1e6:.0f}M multiplied per token; shapes in report.json. Shares are of the bf16 product that "
+        "that was measured in the same run.",
+        "",
+        "| figure | median | minimum | maximum |",
+        "| --- | ---: | ---: | ---: |",
+    ]
+    for section, figures in report["figures"].items():
+        for name, value in figures.items():
+            cells = list(value.values()) if isinstance(value, dict) else [value]
+            shown = [f"{cell:,.4g}" for cell in cells] + ["–"] * (3 - len(cells))
+            lines.append(f"| {section}: {name.replace('_', ' ')} | {' | '.join(shown)} |")
+    return "\n".join(lines) + "\n"
+
+
+def main(config: GpuSuiteConfig, workdir: Path) -> None:
+    peak = matmul_peak(config)
+    figures: dict[str, Any] = {"matmul": {"flops_per_second": peak}}
+    measurements: dict[str, Callable[[], dict[str, Any]]] = {
+        "parity": lambda: parity(config),
+        "training": lambda: training(config, peak["median"]),
+        "scoring": lambda: scoring(config, peak["median"]),
+        "retrieval": lambda: retrieval(config),
+    }
+    for name, measure in measurements.items():
+        print(f"measuring {name} …", flush=True)
+        figures[name] = measure()
+        jax.clear_caches()
+    report = {
+        "date": datetime.date.today().isoformat(),
+        "device": jax.devices()[0].device_kind,
+        "jax": jax.__version__,
+        "commit": commit(),
+        "weights": matmul_weights(config),
+        "config": dataclasses.asdict(config),
+        "figures": figures,
+    }
+    write_json(workdir / "report.json", report)
+    (workdir / "report.md").write_text(markdown(report), encoding="utf-8")
+    print(markdown(report))
+    if config.recipe:
+        command = ["-m", "train.demo", "--config", config.recipe, "--workdir", str(workdir / "recipe")]
+        raise SystemExit(subprocess.run([sys.executable, *command], check=False).returncode)
+
+
+if __name__ == "__main__":
+    run(main, GpuSuiteConfig)
