@@ -98,6 +98,10 @@ def test_items_do_not_depend_on_their_neighbours(tokenizer: Tokenizer):
     together = prompt.encode_items([{"document": text} for text in documents])
     assert together == [prompt.encode_items([{"document": text}])[0] for text in documents]
     assert prompt.encode_items([]) == []
+    request = prompt.encode({"query": "Bake bread."}, [{"document": text} for text in documents])
+    assert list(request.prefix) == prompt.encode_shared(query="Bake bread.")
+    assert list(request.items) == [item.tokens for item in together]
+    assert list(request.truncated) == [False, False, False, True, False]
 
 
 def test_limits_and_missing_slots_are_said(tokenizer: Tokenizer):
