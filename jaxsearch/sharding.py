@@ -12,12 +12,15 @@ from typing import Any
 
 import jax
 from flax import nnx
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
 from jaxsearch.errors import InputError
 
 MESH_AXES = ("data", "fsdp", "tensor")
 BATCH_AXES = ("data", "fsdp")
+
+AnyMesh = Mesh | AbstractMesh
+"""A layout can be planned for devices that are not there."""
 
 RULES: Mapping[str, str | None] = {
     "layers": None,
@@ -74,7 +77,7 @@ def param_axes(model_or_state: nnx.Module | nnx.State) -> dict[str, tuple[str | 
     }
 
 
-def param_shardings(model_or_state: nnx.Module | nnx.State, mesh: Mesh) -> dict[str, NamedSharding]:
+def param_shardings(model_or_state: nnx.Module | nnx.State, mesh: AnyMesh) -> dict[str, NamedSharding]:
     """{dotted name: sharding} for every variable, from the axes that its metadata names and `RULES`.
 
     A variable without axes is replicated, which is refused for an `nnx.Param` where fsdp or tensor exceeds 1:
@@ -105,17 +108,17 @@ def param_shardings(model_or_state: nnx.Module | nnx.State, mesh: Mesh) -> dict[
     return shardings
 
 
-def batch_sharding(mesh: Mesh, *, microbatched: bool = False) -> NamedSharding:
+def batch_sharding(mesh: AnyMesh, *, microbatched: bool = False) -> NamedSharding:
     """The leading axis over `data` and `fsdp`; the second one if the first counts microbatches."""
     return NamedSharding(mesh, PartitionSpec(None, BATCH_AXES) if microbatched else PartitionSpec(BATCH_AXES))
 
 
-def replicated(mesh: Mesh) -> NamedSharding:
+def replicated(mesh: AnyMesh) -> NamedSharding:
     """The whole array on every device."""
     return NamedSharding(mesh, PartitionSpec())
 
 
-def batch_ways(mesh: Mesh) -> int:
+def batch_ways(mesh: AnyMesh) -> int:
     """Into how many parts a batch is cut."""
     return math.prod(mesh.shape[axis] for axis in BATCH_AXES)
 
@@ -127,7 +130,7 @@ def shard_model(model: nnx.Module, mesh: Mesh) -> None:
     nnx.update(model, unflatten_state(state, jax.device_put(arrays, param_shardings(state, mesh))))
 
 
-def _problems_of(shape: tuple[int, ...], axes: tuple[str | None, ...], mesh: Mesh) -> list[str]:
+def _problems_of(shape: tuple[int, ...], axes: tuple[str | None, ...], mesh: AnyMesh) -> list[str]:
     if len(shape) != len(axes):
         return [f"{len(axes)} axis names for {len(shape)} dimensions"]
     unknown = [axis for axis in axes if axis is not None and axis not in RULES]
