@@ -54,14 +54,14 @@ class ShapePlan:
         ranker: TextRanker,
         item_lengths: Iterable[int],
         *,
-        num_item_buckets: int = 4,
+        num_item_buckets: int = 3,
         max_batch_tokens: int = 2048,
     ) -> "ShapePlan":
         """The least padding for `item_lengths` (tokens of prompt items), with room for the longest prompt
         allowed."""
         most_shared, most_item = ranker.prompt.max_shared_tokens, ranker.prompt.max_item_tokens
         return cls(
-            Buckets.geometric(min(64, most_shared), most_shared, growth=2.0).sizes,
+            Buckets.geometric(min(128, most_shared), most_shared, growth=2.0).sizes,
             Buckets.fit(item_lengths, count=num_item_buckets, largest=most_item).sizes,
             max(max_batch_tokens, 8 * -(-most_item // 8)),
         )
@@ -135,6 +135,8 @@ def write_bundle(
     index_view: str,
     lexical_view: str,
     item_lengths: Iterable[int] | None = None,
+    num_item_buckets: int = 3,
+    max_batch_tokens: int = 2048,
     calibration: IsotonicMap | None = None,
     triples: Sequence[tuple[str, str, str]] = (),
     model_card: str = "",
@@ -165,7 +167,9 @@ def write_bundle(
     if item_lengths is None:
         texts = [vertical.document_text(d, ranker.view) for d in documents]
         item_lengths = [len(item) for item in ranker.request("", texts).items]
-    plan = ShapePlan.fit(ranker, item_lengths)
+    plan = ShapePlan.fit(
+        ranker, item_lengths, num_item_buckets=num_item_buckets, max_batch_tokens=max_batch_tokens
+    )
 
     part = directory.parent / f".{directory.name}.{uuid.uuid4().hex}"
     part.mkdir(parents=True)

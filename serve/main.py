@@ -57,7 +57,7 @@ def serve(options: argparse.Namespace, console: rich.console.Console) -> None:
     listener = _listen(options.host, options.port)
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
     jax.config.update("jax_compilation_cache_dir", str(cache_dir() / "xla"))
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
     engine = Engine(load_bundle(options.bundle), Telemetry(), max_queue_tokens=options.max_queue_tokens)
     address = f"http://{options.host}:{listener.getsockname()[1]}"
 

@@ -1,0 +1,157 @@
+import concurrent.futures
+import threading
+
+import pytest
+
+from serve.batcher import Batcher, DeadlineExceeded, QueueFull, Stopped
+
+
+class Clock:
+    """Seconds that only pass when told to."""
+
+    def __init__(self):
+        self.now = 0.0
+
+    def __call__(self):
+        return self.now
+
+
+@pytest.fixture
+def clock():
+    return Clock()
+
+
+@pytest.fixture
+def batcher(clock):
+    batcher = Batcher(max_queue_tokens=100, clock=clock)
+    yield batcher
+    batcher.close()
+
+
+def blocked(started, gate, tokens=10):
+    """One step that waits for the gate."""
+
+    def steps():
+        started.set()
+        gate.wait(10)
+        return tokens
+        yield
+
+    return steps()
+
+
+@pytest.fixture
+def gate(batcher):
+    """The device thread is busy until the gate is set."""
+    started, gate = threading.Event(), threading.Event()
+    batcher.submit(blocked(started, gate), 10)
+    assert started.wait(10)
+    yield gate
+    gate.set()
+
+
+def counted(log, name, num_steps, tokens=10):
+    for step in range(num_steps):
+        if step:
+            yield tokens
+        log.append((name, step))
+    return name
+
+
+def test_jobs_take_turns_step_by_step(batcher, gate):
+    log = []
+    long = batcher.submit(counted(log, "long", 3), 30)
+    short = batcher.submit(counted(log, "short", 1), 10)
+    gate.set()
+    assert long.result(10).value == "long"
+    assert short.result(10).value == "short"
+    assert log == [("long", 0), ("short", 0), ("long", 1), ("long", 2)]
+    assert batcher.queue_tokens == 0
+
+
+def test_admission_counts_tokens_and_tells_when_to_come_back(batcher, clock, gate):
+    batcher.submit(counted([], "a", 1), 85)
+    with pytest.raises(QueueFull, match="95 tokens wait already, at most 100 may") as caught:
+        batcher.submit(counted([], "b", 1), 6)
+    assert caught.value.retry_after_seconds == 1.0
+    batcher.submit(counted([], "c", 1), 5)
+    assert batcher.queue_tokens == 100
+
+
+def test_retry_after_follows_the_measured_drain_rate(batcher, clock):
+    def steps():
+        clock.now += 2.0
+        yield 40
+        clock.now += 1.0
+
+    batcher.submit(steps(), 60).result(10)
+    # 40 tokens in 2 s, then 20 in 1 s: 20 tokens a second
+    assert batcher.tokens_per_second == pytest.approx(20.0)
+    started, gate = threading.Event(), threading.Event()
+    batcher.submit(blocked(started, gate), 100)
+    assert started.wait(10)
+    with pytest.raises(QueueFull) as caught:
+        batcher.submit(counted([], "late", 1), 30)
+    gate.set()
+    assert caught.value.retry_after_seconds == pytest.approx(30 / 20.0)
+
+
+def test_a_job_larger_than_the_queue_runs_when_nothing_waits(batcher):
+    assert batcher.submit(counted([], "huge", 1), 5000).result(10).value == "huge"
+    assert batcher.queue_tokens == 0
+
+
+def test_a_cancelled_job_is_dropped_and_gives_its_tokens_back(batcher, gate):
+    log = []
+    gone = batcher.submit(counted(log, "gone", 2), 90)
+    assert gone.cancel()
+    stays = batcher.submit(counted(log, "stays", 1), 0)
+    gate.set()
+    stays.result(10)
+    assert log == [("stays", 0)]
+    assert batcher.queue_tokens == 0
+
+
+def test_a_job_past_its_deadline_is_not_begun(batcher, clock, gate):
+    log = []
+    late = batcher.submit(counted(log, "late", 1), 10, deadline=5.0)
+    timely = batcher.submit(counted(log, "timely", 1), 10, deadline=50.0)
+    clock.now = 6.0
+    gate.set()
+    assert timely.result(10).queue_seconds == 6.0
+    with pytest.raises(DeadlineExceeded):
+        late.result(10)
+    assert log == [("timely", 0)]
+    assert batcher.queue_tokens == 0
+
+
+def test_a_failing_job_leaves_the_thread_alive(batcher):
+    def steps():
+        yield 5
+        raise RuntimeError("device lost")
+
+    with pytest.raises(RuntimeError, match="device lost"):
+        batcher.submit(steps(), 10).result(10)
+    assert batcher.submit(counted([], "next", 1), 10).result(10).value == "next"
+    assert batcher.queue_tokens == 0
+
+
+def test_closing_finishes_what_was_accepted_and_takes_nothing_more():
+    batcher = Batcher(max_queue_tokens=1000)
+    started, gate = threading.Event(), threading.Event()
+    batcher.submit(blocked(started, gate), 10)
+    accepted = [batcher.submit(counted([], name, 3), 30) for name in "abc"]
+    assert started.wait(10)
+    closing = threading.Thread(target=batcher.close)
+    closing.start()
+    gate.set()
+    closing.join(10)
+    assert [future.result(0).value for future in accepted] == ["a", "b", "c"]
+    with pytest.raises(Stopped):
+        batcher.submit(counted([], "late", 1), 10)
+
+
+def test_many_threads_may_submit(batcher):
+    with concurrent.futures.ThreadPoolExecutor(8) as pool:
+        futures = list(pool.map(lambda _: batcher.submit(counted([], "x", 2), 0), range(200)))
+    assert all(future.result(10).value == "x" for future in futures)
