@@ -21,9 +21,6 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-from jaxtyping import Float
-
 from jaxsearch.buckets import Buckets
 from jaxsearch.calibration import IsotonicMap
 from jaxsearch.data.records import Document
@@ -131,8 +128,7 @@ def write_bundle(
     ranker_directory: str | Path,
     vertical_directory: str | Path,
     documents: Sequence[Document],
-    embeds: Float[np.ndarray, "c e"] | None = None,
-    index_view: str,
+    index: ExactIndex,
     lexical_view: str,
     item_lengths: Iterable[int] | None = None,
     num_item_buckets: int = 3,
@@ -144,8 +140,8 @@ def write_bundle(
     """Writes a bundle in one step: until it is whole, nothing is at `directory`.
 
     Args:
-      documents: the corpus, in the order of `embeds`; their ids must differ.
-      embeds: the encoder's embeddings of the documents' `index_view`; None computes them here.
+      documents: the corpus, in the order of the index.
+      index: the documents' embeddings; its metadata name the encoder's version ("encoder") and the "view".
       lexical_view: the view whose words BM25 searches.
       item_lengths: recorded prompt item lengths in tokens; None takes those of the corpus in the ranker's
       view. triples: (query, fitting document, other document) texts for the self-test.
@@ -157,13 +153,13 @@ def write_bundle(
     vertical = load_vertical(vertical_directory)
     encoder = load_encoder(encoder_directory)
     ranker = load_ranker(ranker_directory)
-    ids = [document.id for document in documents]
-    if len(set(ids)) != len(ids):
-        raise InputError("documents of a bundle need different ids")
-    if embeds is None:
-        embeds = encoder.embed_documents([vertical.document_text(d, index_view) for d in documents])
-    if embeds.shape != (len(documents), encoder.embed_dim):
-        raise InputError(f"embeds are {embeds.shape}, expected {(len(documents), encoder.embed_dim)}")
+    if index.ids != [document.id for document in documents]:
+        raise InputError("the index has other documents, or another order; build it again from these")
+    if index.metadata.get("encoder") != encoder.version:
+        raise InputError(
+            f"the index was made by encoder {index.metadata.get('encoder')}, the bundle's is {encoder.version}; "
+            "build it again with this one"
+        )
     if item_lengths is None:
         texts = [vertical.document_text(d, ranker.view) for d in documents]
         item_lengths = [len(item) for item in ranker.request("", texts).items]
@@ -179,12 +175,8 @@ def write_bundle(
         shutil.copytree(vertical_directory, part / "vertical", ignore=shutil.ignore_patterns("__pycache__"))
         lines = [json.dumps({"id": d.id, "fields": dict(d.fields)}, ensure_ascii=False) for d in documents]
         (part / "documents.jsonl").write_text("".join(line + "\n" for line in lines), encoding="utf-8")
-        made_from = {
-            "encoder_version": encoder.version,
-            "view": index_view,
-            "documents_sha256": _sha256(part / "documents.jsonl"),
-        }
-        ExactIndex(embeds, ids, metadata=made_from).save(part / "index")
+        index.metadata["documents_sha256"] = _sha256(part / "documents.jsonl")
+        index.save(part / "index")
         if calibration is not None:
             calibration.save(part / "calibration.json")
         answers = known_answers(ranker, plan, triples)
@@ -251,7 +243,7 @@ def _load_checked(directory: Path, manifest: Mapping[str, Any]) -> Bundle:
         ("the manifest's encoder", manifest["encoder_version"], "the encoder folder", encoder.version),
         (
             "the index was made by encoder",
-            made_from["encoder_version"],
+            made_from["encoder"],
             "the encoder folder",
             encoder.version,
         ),

@@ -4,10 +4,9 @@ import shutil
 
 import numpy as np
 import pytest
-from tiny_bundle import DOCUMENTS, change_json, write_parts, write_tiny_bundle
+from tiny_bundle import DOCUMENTS, change_json, tiny_index, write_parts, write_tiny_bundle
 
 from jaxsearch.bundle import MANIFEST, load_bundle, write_bundle
-from jaxsearch.encoder import load_encoder
 from jaxsearch.errors import InputError
 from jaxsearch.scoring.prefill import ScoreRequest
 
@@ -100,7 +99,7 @@ def test_parts_that_do_not_belong_together_are_refused(copy, change, message):
 def test_an_index_of_another_encoder_is_refused(copy):
     header = copy / "index" / "index.json"
     metadata = json.loads(header.read_text())["metadata"]
-    change_json(header, metadata={**metadata, "encoder_version": "f" * 12})
+    change_json(header, metadata={**metadata, "encoder": "f" * 12})
     relist(copy)
     with pytest.raises(InputError, match="the index was made by encoder: ffffffffffff"):
         load_bundle(copy)
@@ -133,15 +132,15 @@ def test_a_directory_with_other_things_is_not_overwritten(tmp_path):
         "ranker_directory": parts["ranker"],
         "vertical_directory": parts["vertical"],
         "documents": DOCUMENTS,
-        "index_view": "short",
+        "index": tiny_index(parts),
         "lexical_view": "short",
     }
     with pytest.raises(InputError, match="not empty and not a bundle"):
         write_bundle(tmp_path / "home", **arguments)
-    width = load_encoder(parts["encoder"]).embed_dim
-    with pytest.raises(InputError, match=r"embeds are \(2, 16\), expected \(5, 16\)"):
-        write_bundle(tmp_path / "new", **arguments, embeds=np.zeros((2, width), np.float32))
-    with pytest.raises(InputError, match="different ids"):
-        write_bundle(tmp_path / "new", **{**arguments, "documents": [DOCUMENTS[0], DOCUMENTS[0]]})
+    with pytest.raises(InputError, match="the index has other documents"):
+        write_bundle(tmp_path / "new", **{**arguments, "documents": DOCUMENTS[:-1]})
+    arguments["index"].metadata["encoder"] = "f" * 12
+    with pytest.raises(InputError, match="the index was made by encoder ffffffffffff"):
+        write_bundle(tmp_path / "new", **arguments)
     assert not (tmp_path / "new").exists()
     assert sorted(path.name for path in tmp_path.iterdir()) == ["home", "parts"]

@@ -11,10 +11,11 @@ from jaxsearch.calibration import IsotonicMap
 from jaxsearch.data.prompts import PromptTemplate
 from jaxsearch.data.records import Document
 from jaxsearch.data.tokenizer import Tokenizer
-from jaxsearch.encoder import Encoder, TextEncoder, save_encoder
+from jaxsearch.encoder import Encoder, TextEncoder, load_encoder, save_encoder
 from jaxsearch.nn.bert import Bert, BertConfig
 from jaxsearch.nn.transformer import Decoder, DecoderConfig
 from jaxsearch.ranker import new_ranker, save_ranker
+from jaxsearch.retrieval.exact import ExactIndex
 
 SPECIAL = ("<|im_start|>", "<|im_end|>", "<unk>")
 RANKER_PROMPT = """<|im_start|>user
@@ -127,6 +128,13 @@ def write_parts(root: Path) -> dict[str, Path]:
     return {"encoder": root / "encoder", "ranker": root / "ranker", "vertical": vertical}
 
 
+def tiny_index(parts: dict[str, Path]) -> ExactIndex:
+    encoder = load_encoder(parts["encoder"])
+    embeds = encoder.embed_documents([f"{document.fields['title']}." for document in DOCUMENTS])
+    ids = [document.id for document in DOCUMENTS]
+    return ExactIndex(embeds, ids, metadata={"encoder": encoder.version, "view": "short"})
+
+
 def write_tiny_bundle(root: Path) -> Path:
     parts = write_parts(root / "parts")
     return write_bundle(
@@ -136,7 +144,7 @@ def write_tiny_bundle(root: Path) -> Path:
         ranker_directory=parts["ranker"],
         vertical_directory=parts["vertical"],
         documents=DOCUMENTS,
-        index_view="short",
+        index=tiny_index(parts),
         lexical_view="full",
         num_item_buckets=2,
         max_batch_tokens=256,

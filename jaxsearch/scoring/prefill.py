@@ -122,6 +122,11 @@ class PrefillScorer:
             list(pool.map(self._program, keys))
         return len(keys)
 
+    def use_weights(self, decoder: Decoder) -> None:
+        """Scores with this decoder's weights from now on; same shapes, so nothing is compiled again."""
+        self._weights = nnx.state(decoder)
+        self._prefixes.clear()
+
     def plan(self, requests: Sequence[ScoreRequest]) -> list[ScoreBatch]:
         """Splits requests into launches; items of requests with the same prefix and labels run together.
 

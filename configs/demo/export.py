@@ -1,0 +1,26 @@
+"""The demo's bundle: encoder, ranker, index, documents and calibration in one folder.
+
+Command: python -m train.export --config configs/demo/export.py --workdir work/demo/export
+         --set encoder=work/demo/encoder/model ranker=work/demo/ranker/model index=work/demo/index/index
+Time: half a minute on two cores (quick: seconds).
+Numbers: report.json has the held-out calibration error and how many known answers the server will check.
+"""
+
+from train.export import ExportConfig
+
+
+def config() -> ExportConfig:
+    return ExportConfig(
+        encoder="work/demo/encoder/model", ranker="work/demo/ranker/model", index="work/demo/index/index"
+    )
+
+
+def quick() -> ExportConfig:
+    return ExportConfig(
+        encoder="work/demo-quick/encoder/model",
+        ranker="work/demo-quick/ranker/model",
+        index="work/demo-quick/index/index",
+        calibration_queries=6,
+        calibration_depth=5,
+        num_item_buckets=2,
+    )

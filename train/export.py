@@ -1,0 +1,188 @@
+"""Puts encoder, ranker, vertical, documents and index into one bundle that the server loads.
+
+    python -m train.export --config configs/demo/export.py --workdir work/export
+
+On the way it fits the calibration (the ranker's score → probability that a document is relevant) on
+validation queries and seen documents, and records known answers for the server's self-test. Writes `bundle/`
+and `report.json`; serve it with `python -m serve.main --bundle work/export/bundle`.
+"""
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import rich.console
+
+from jaxsearch.bundle import write_bundle
+from jaxsearch.calibration import IsotonicMap, calibration_error, fit_isotonic
+from jaxsearch.data.records import Collection, Query, Run
+from jaxsearch.data.sources import load_collection
+from jaxsearch.data.verticals import Vertical, load_vertical
+from jaxsearch.encoder import load_encoder
+from jaxsearch.errors import InputError
+from jaxsearch.ranker import load_ranker
+from jaxsearch.retrieval.exact import ExactIndex
+from train.mining import mine, offline_scorer
+from train.options import run, write_json
+from train.ranker import rerank
+
+
+@dataclasses.dataclass(frozen=True)
+class ExportConfig:
+    """What goes into the bundle."""
+
+    name: str = "onet"
+    """The model name that the server's clients see."""
+    encoder: str = "work/encoder/model"
+    """Folder of the encoder."""
+    ranker: str = "work/ranker/model"
+    """Folder of the ranker."""
+    index: str = "work/index/index"
+    """Folder of the exact index, made by train.index with this encoder."""
+    collection: str = "onet_activities"
+    """A built-in collection or the folder of your own (BEIR, JSONL, Parquet); its documents are searched."""
+    vertical: str = "configs/verticals/onet_activities"
+    """Folder with fields, views, policy and prompts."""
+    lexical_view: str = "full"
+    """Which view of a document BM25 searches."""
+    calibration_queries: int = 60
+    """Validation queries, drawn by the seed, on which the calibration is fitted; 0: no calibration."""
+    calibration_depth: int = 10
+    """The encoder's best seen documents for each of them."""
+    known_answers: int = 8
+    """(query, relevant, irrelevant document) triples to try for the self-test; those ranked wrongly are left
+    out."""
+    num_item_buckets: int = 3
+    """Padded item lengths; each means about four programs that the server compiles at start."""
+    max_batch_tokens: int = 2048
+    """Padded item tokens of one launch; more on an accelerator."""
+    seed: int = 0
+
+
+def load_index(config: ExportConfig, collection: Collection) -> ExactIndex:
+    """The index, if it was made from this data.
+
+    Raises: InputError when it was not.
+    """
+    index = ExactIndex.load(config.index)
+    if index.metadata.get("data") != collection.fingerprint():
+        raise InputError(
+            f"{config.index} was made from other data than {config.collection}; run train.index again"
+        )
+    return index
+
+
+def calibrate(
+    scores: Run, collection: Collection, *, threshold: int
+) -> tuple[IsotonicMap, dict[str, float | int]]:
+    """The map fitted on all queries, and its expected calibration error when fitted on one half and asked on
+    the other.
+
+    Args: `scores` are the ranker's, per query and document.
+    """
+    queries = list(scores)
+
+    def pairs(chosen: list[str]) -> tuple[np.ndarray, np.ndarray]:
+        values = [
+            (score, collection.grade(q, d) >= threshold) for q in chosen for d, score in scores[q].items()
+        ]
+        return np.array([v for v, _ in values], np.float64), np.array([t for _, t in values], np.float64)
+
+    fitted_on, asked = pairs(queries[::2]), pairs(queries[1::2])
+    error = (
+        calibration_error(fit_isotonic(*fitted_on)(asked[0]), asked[1]) if len(queries) > 1 else float("nan")
+    )
+    everything = pairs(queries)
+    facts = {"num_queries": len(queries), "num_pairs": len(everything[0]), "held_out_error": round(error, 4)}
+    return fit_isotonic(*everything), facts
+
+
+def choose_triples(
+    queries: list[Query], collection: Collection, vertical: Vertical, *, view: str, count: int, seed: int
+) -> list[tuple[str, str, str]]:
+    """(query, its best graded document, one of grade 0) as texts."""
+    random = np.random.default_rng(seed)
+    ids = list(collection.documents)
+    triples = []
+    for query in queries:
+        graded = collection.qrels.get(query.id, {})
+        best = max(graded, key=lambda document: graded[document], default=None)
+        if len(triples) == count:
+            break
+        if best is None or graded[best] < vertical.relevant_threshold:
+            continue
+        other = next(d for d in (ids[i] for i in random.permutation(len(ids))) if not graded.get(d))
+        texts = [vertical.document_text(collection.documents[d], view) for d in (best, other)]
+        triples.append((query.text, texts[0], texts[1]))
+    return triples
+
+
+def model_card(config: ExportConfig, collection: Collection, facts: dict[str, Any]) -> str:
+    """What people should know before they use the bundle."""
+    cards = {kind: json.loads((Path(path) / "jaxsearch.json").read_text(encoding="utf-8")) for kind, path in
+             (("encoder", config.encoder), ("ranker", config.ranker))}  # fmt: skip
+    lines = [f"# {config.name}", "", f"Search over {collection.name}: {len(collection.documents)} documents."]
+    if collection.notice:
+        lines += ["", "## Data", "", collection.notice]
+    for kind, card in cards.items():
+        lines += ["", f"## {kind.capitalize()}", "", f"Version {card['version']}.", ""]
+        lines += [f"- {key}: {value}" for key, value in card.get("trained", {}).items()]
+    lines += ["", "## Calibration", ""]
+    lines += [f"- {key}: {value}" for key, value in facts.items()] or ["None was fitted."]
+    return "\n".join(lines) + "\n"
+
+
+def main(config: ExportConfig, workdir: Path) -> None:
+    collection = load_collection(config.collection)
+    vertical = load_vertical(config.vertical)
+    index = load_index(config, collection)
+    ranker = load_ranker(config.ranker)
+    queries = collection.split("validation")
+    random = np.random.default_rng(config.seed)
+    queries = [queries[i] for i in random.permutation(len(queries))]
+    calibration, facts = None, {}
+    if config.calibration_queries:
+        candidates = mine(
+            load_encoder(config.encoder),
+            collection,
+            queries[: config.calibration_queries],
+            vertical,
+            view=index.metadata["view"],
+            depth=config.calibration_depth,
+        )
+        scores = rerank(ranker, offline_scorer(ranker), collection, vertical, candidates)
+        calibration, facts = calibrate(scores, collection, threshold=vertical.relevant_threshold)
+    bundle = write_bundle(
+        workdir / "bundle",
+        name=config.name,
+        encoder_directory=config.encoder,
+        ranker_directory=config.ranker,
+        vertical_directory=config.vertical,
+        documents=[collection.documents[key] for key in index.ids],
+        index=index,
+        lexical_view=config.lexical_view,
+        num_item_buckets=config.num_item_buckets,
+        max_batch_tokens=config.max_batch_tokens,
+        calibration=calibration,
+        triples=choose_triples(
+            queries, collection, vertical, view=ranker.view, count=config.known_answers, seed=config.seed
+        ),
+        model_card=model_card(config, collection, facts),
+    )
+    manifest = json.loads((bundle / "bundle.json").read_text(encoding="utf-8"))
+    size = sum(entry["size_bytes"] for entry in manifest["files"].values())
+    answers = len(json.loads((bundle / "selftest.json").read_text(encoding="utf-8")))
+    report = {"size_bytes": size, "plan": manifest["plan"], "known_answers": answers, "calibration": facts}
+    write_json(workdir / "report.json", report)
+    rich.console.Console().print(
+        f"{bundle}: {size / 1e6:.0f} MB, {answers} known answers, calibration {facts or 'none'}\n"
+        f"serve it: python -m serve.main --bundle {bundle}",
+        highlight=False,
+        soft_wrap=True,
+    )
+
+
+if __name__ == "__main__":
+    run(main, ExportConfig)
