@@ -81,11 +81,11 @@ class Embeddings(nnx.Module):
     """Word + position + token type (always the first), normalised."""
 
     def __init__(self, config: BertConfig, *, rngs: nnx.Rngs, dtype: DTypeLike, param_dtype: DTypeLike):
-        dim, dtypes = config.embed_dim, {"dtype": dtype, "param_dtype": param_dtype}
+        dim, common = config.embed_dim, {"rngs": rngs, "dtype": dtype, "param_dtype": param_dtype}
         rows = ("positions", "embed")  # a few hundred rows: never split
-        self.word_embeddings = Embedding(config.vocab_size, dim, rngs=rngs, **dtypes)
-        self.position_embeddings = Embedding(config.max_positions, dim, axes=rows, rngs=rngs, **dtypes)
-        self.token_type_embeddings = Embedding(config.num_token_types, dim, axes=rows, rngs=rngs, **dtypes)
+        self.word_embeddings = Embedding(config.vocab_size, dim, **common)
+        self.position_embeddings = Embedding(config.max_positions, dim, axes=rows, **common)
+        self.token_type_embeddings = Embedding(config.num_token_types, dim, axes=rows, **common)
         self.LayerNorm = LayerNorm(dim, eps=config.norm_eps, rngs=rngs, param_dtype=param_dtype)
 
     def __call__(self, tokens: Int[Array, "b t"]) -> Float[Array, "b t d"]:
@@ -170,7 +170,7 @@ class Stack(nnx.Module):
     def __call__(self, hidden: Float[Array, "b t d"], mask: Bool[Array, "b 1 t"]) -> Float[Array, "b t d"]:
         graph, stacked = nnx.split(self.layer)
 
-        def step(hidden: Array, params: nnx.State) -> tuple[Array, None]:
+        def step(hidden, params):
             return nnx.merge(graph, params)(hidden, mask), None
 
         if self.use_remat:

@@ -14,6 +14,7 @@ from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -138,9 +139,13 @@ def load_pretrained(
         ours = config_from_hf(config)
     except InputError as error:
         raise InputError(f"{path}: {error}") from error
-    kind = Bert if isinstance(ours, BertConfig) else Decoder
     options = {"dtype": dtype, "param_dtype": param_dtype, "use_remat": use_remat}
-    model = nnx.eval_shape(lambda: kind(ours, rngs=nnx.Rngs(0), **options))
+
+    def make() -> Decoder | Bert:
+        kind: Any = Bert if isinstance(ours, BertConfig) else Decoder
+        return kind(ours, rngs=nnx.Rngs(0), **options)
+
+    model = nnx.eval_shape(make)
     return _fill(model, _match(model, tensors, path))
 
 
@@ -190,7 +195,7 @@ def _match(model: Decoder | Bert, tensors: Sequence[Tensor], origin: Path) -> di
             found[name].append(tensor)
         elif not _IGNORED[type(model)].fullmatch(tensor.name):
             unmapped.append(f"{tensor.name} {list(tensor.shape)}")
-    head, embedding = found.pop(tied, None), found.get("model.embed_tokens.weight")
+    head, embedding = found.pop(tied or "", None), found.get("model.embed_tokens.weight")
     problems = {
         "unmapped": unmapped,
         "missing": [f"{name} {list(row.shape)}" for name, row in rows.items() if name not in found],
