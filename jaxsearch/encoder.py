@@ -84,8 +84,9 @@ class EncoderLoss:
             queries, flat, positive_index, temperature=self.temperature, where=batch.allowed
         )
         own = jnp.einsum("qe,qme->qm", queries, flat.reshape(num_queries, per_query, -1))
-        margins = losses.margin_loss(own[:, :1], own[:, 1:], margin=self.margin).mean(axis=-1)
-        hits = (own[:, :1] > own[:, 1:]).all(axis=-1)
+        positives, negatives = jnp.broadcast_to(own[:, :1], own[:, 1:].shape), own[:, 1:]
+        margins = losses.margin_loss(positives, negatives, margin=self.margin).mean(axis=-1)
+        hits = (positives > negatives).all(axis=-1)
         count = jnp.asarray(num_queries, jnp.float32)
         metrics = {
             "info_nce": contrastive.mean(),

@@ -90,12 +90,12 @@ def expected_grade(probs: Float[np.ndarray, "*b 5"]) -> Float[np.ndarray, "*b"]:
         >>> float(expected_grade(np.array([0.0, 0.5, 0.0, 0.5, 0.0])))
         2.0
     """
-    return probs @ np.arange(NUM_GRADES, dtype=probs.dtype)
+    return np.asarray(probs @ np.arange(NUM_GRADES, dtype=probs.dtype))
 
 
 def soft_label(probs: Float[np.ndarray, "*b 5"]) -> Float[np.ndarray, "*b"]:
     """Expected grade as a relevance in [0, 1]: what the ranker is distilled from."""
-    return expected_grade(probs) / MAX_GRADE
+    return np.asarray(expected_grade(probs) / MAX_GRADE)
 
 
 def grade_targets(grades: Sequence[int], *, smoothing: float) -> Float[np.ndarray, "b 5"]:
@@ -179,10 +179,9 @@ def load_judge(directory: str | Path, *, dtype=jnp.float32) -> TextJudge:
     """
     loaded = checkpoints.load_model(directory, dtype=dtype)
     card = loaded.card
-    if not card or card["kind"] != "judge":
-        raise InputError(
-            f"{directory} holds {'a ' + card['kind'] if card else 'a model without a card'}, not a judge"
-        )
+    if not card or card["kind"] != "judge" or not isinstance(loaded.model, Decoder):
+        found = f"a {card['kind']}" if card else "a model without a card"
+        raise InputError(f"{directory} holds {found}, not a judge")
     text_judge = new_judge(
         loaded.model,
         loaded.tokenizer,

@@ -158,10 +158,9 @@ def load_ranker(directory: str | Path, *, dtype=jnp.float32) -> TextRanker:
     """
     loaded = checkpoints.load_model(directory, dtype=dtype)
     card = loaded.card
-    if not card or card["kind"] != "ranker":
-        raise InputError(
-            f"{directory} holds {'a ' + card['kind'] if card else 'a model without a card'}, not a ranker"
-        )
+    if not card or card["kind"] != "ranker" or not isinstance(loaded.model, Decoder):
+        found = f"a {card['kind']}" if card else "a model without a card"
+        raise InputError(f"{directory} holds {found}, not a ranker")
     text_ranker = new_ranker(
         loaded.model,
         loaded.tokenizer,

@@ -194,6 +194,7 @@ def main(config: PipelineConfig, workdir: Path) -> None:
     console.print(f"[bold]{config.title}[/]\n{len(config.stages)} stages, work in {workdir}", highlight=False)
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
     spent = {stage.name: run_stage(stage, config, workdir, console) for stage in config.stages}
+    answer: dict[str, Any] | None = None
     if config.bundle:
         console.rule("[bold]ask the server[/]", align="left")
         with serving(workdir / config.bundle, config.port, workdir / "server.log") as address:
@@ -203,7 +204,7 @@ def main(config: PipelineConfig, workdir: Path) -> None:
     report = workdir / "evaluate" / "report.md"
     if report.exists():
         console.print(report.read_text(encoding="utf-8"), highlight=False, markup=False, soft_wrap=True)
-    if config.bundle:
+    if answer is not None:
         show_answer(console, config.question, answer)
     minutes = ", ".join(f"{name} {seconds / 60:.1f}" for name, seconds in spent.items() if seconds)
     console.print(

@@ -39,6 +39,8 @@ class EncoderConfig:
 
     collection: str = "onet_activities"
     """A built-in collection or the folder of your own (BEIR, JSONL, Parquet)."""
+    skip_bad_lines: bool = False
+    """Leave out the collection's bad lines, counted, instead of stopping with a list of them."""
     vertical: str = "configs/verticals/onet_activities"
     """Folder with fields, views, policy and prompts."""
     view: str = "short"
@@ -138,7 +140,7 @@ def validation_metrics(
 
 
 def main(config: EncoderConfig, workdir: Path) -> None:
-    collection = load_collection(config.collection)
+    collection = load_collection(config.collection, skip_bad_lines=config.skip_bad_lines)
     vertical = load_vertical(config.vertical)
     directory = resolve(config.backbone)
     encoder = Encoder(load_pretrained(directory, dtype=config.dtype), pooling=config.pooling)

@@ -236,8 +236,8 @@ def markdown(report: dict[str, Any]) -> str:
         f"# Accelerator suite, {report['date']}",
         "",
         f"Device {report['device']}, jax {report['jax']}, commit {report['commit']}. Random weights, "
-        f"{report['weights'] / 1e6:.0f}M multiplied per token; shapes in report.json. Shares are of the bf16 product that "
-        "that was measured in the same run.",
+        f"{report['weights'] / 1e6:.0f}M multiplied per token; shapes in report.json. Shares are of the bf16 "
+        "product that was measured in the same run.",
         "",
         "| figure | median | minimum | maximum |",
         "| --- | ---: | ---: | ---: |",

@@ -17,6 +17,7 @@ from jaxsearch.data.batches import multiples, pad_tokens, shuffled, step_batches
 from jaxsearch.data.sources import load_collection
 from jaxsearch.data.tokenizer import Tokenizer
 from jaxsearch.data.verticals import load_vertical
+from jaxsearch.errors import InputError
 from jaxsearch.judge import (
     JudgeBatch,
     JudgeLoss,
@@ -30,6 +31,7 @@ from jaxsearch.judge import (
 from jaxsearch.metrics import kappa_interval
 from jaxsearch.nn.convert import load_pretrained
 from jaxsearch.nn.lora import LoRAParam, add_lora, merge_lora
+from jaxsearch.nn.transformer import Decoder
 from jaxsearch.scoring.prefill import ScoreRequest
 from train.loop import LoopConfig, OptimizerConfig, fit
 from train.mining import load_retriever, offline_scorer, pair_texts, sample_pairs
@@ -42,6 +44,8 @@ class JudgeConfig:
 
     collection: str = "onet_activities"
     """A built-in collection or the folder of your own (BEIR, JSONL, Parquet); its grades are the gold."""
+    skip_bad_lines: bool = False
+    """Leave out the collection's bad lines, counted, instead of stopping with a list of them."""
     vertical: str = "configs/verticals/onet_activities"
     """Folder with fields, views, policy and prompts."""
     view: str = "short"
@@ -120,10 +124,12 @@ def agreement(
 
 
 def main(config: JudgeConfig, workdir: Path) -> None:
-    collection = load_collection(config.collection)
+    collection = load_collection(config.collection, skip_bad_lines=config.skip_bad_lines)
     vertical = load_vertical(config.vertical)
     base = resolve(config.base)
     decoder = load_pretrained(base, dtype=config.dtype, use_remat=config.use_remat)
+    if not isinstance(decoder, Decoder):
+        raise InputError(f"{config.base} is not a decoder: a judge needs one that can answer")
     judge = new_judge(
         decoder,
         Tokenizer.from_path(base),

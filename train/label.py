@@ -14,9 +14,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
-from jaxsearch.data.sources import load_collection, read_pairs
 
 from jaxsearch.data.records import Collection
+from jaxsearch.data.sources import load_collection, read_pairs
 from jaxsearch.data.verticals import Vertical, load_vertical
 from jaxsearch.errors import InputError
 from jaxsearch.judge import TextJudge, expected_grade, grade_probs, load_judge, soft_label
@@ -33,6 +33,8 @@ class LabelConfig:
     """Folder of a trained judge."""
     collection: str = "onet_activities"
     """A built-in collection or the folder of your own (BEIR, JSONL, Parquet)."""
+    skip_bad_lines: bool = False
+    """Leave out the collection's bad lines, counted, instead of stopping with a list of them."""
     vertical: str = "configs/verticals/onet_activities"
     """Folder with fields, views, policy and prompts."""
     pairs: str = ""
@@ -133,7 +135,7 @@ def claim_folder(workdir: Path, identity: dict[str, str | int]) -> None:
 
 
 def main(config: LabelConfig, workdir: Path) -> None:
-    collection = load_collection(config.collection)
+    collection = load_collection(config.collection, skip_bad_lines=config.skip_bad_lines)
     vertical = load_vertical(config.vertical)
     judge = load_judge(config.judge)
     if config.pairs:

@@ -28,6 +28,7 @@ from jaxsearch.data.sources import load_collection
 from jaxsearch.data.tokenizer import Tokenizer
 from jaxsearch.data.verticals import Vertical, document_text, load_vertical
 from jaxsearch.encoder import TextEncoder
+from jaxsearch.errors import InputError
 from jaxsearch.metrics import rank_metrics
 from jaxsearch.nn.convert import load_pretrained
 from jaxsearch.nn.pruning import keep_layers
@@ -46,6 +47,8 @@ class RankerConfig:
 
     collection: str = "onet_activities"
     """A built-in collection or the folder of your own (BEIR, JSONL, Parquet)."""
+    skip_bad_lines: bool = False
+    """Leave out the collection's bad lines, counted, instead of stopping with a list of them."""
     vertical: str = "configs/verticals/onet_activities"
     """Folder with fields, views, policy and prompts."""
     view: str = "short"
@@ -217,11 +220,12 @@ def is_trained(use_frozen_embeddings: bool):
 
 
 def main(config: RankerConfig, workdir: Path) -> None:
-    collection = load_collection(config.collection)
+    collection = load_collection(config.collection, skip_bad_lines=config.skip_bad_lines)
     vertical = load_vertical(config.vertical)
     base = resolve(config.base)
     decoder = load_pretrained(base, dtype=config.dtype, use_remat=config.use_remat)
-    assert isinstance(decoder, Decoder)
+    if not isinstance(decoder, Decoder):
+        raise InputError(f"{config.base} is not a decoder: a ranker needs one that can answer")
     ranker = new_ranker(
         keep_layers(decoder, config.layers),
         Tokenizer.from_path(base),

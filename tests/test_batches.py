@@ -1,0 +1,111 @@
+"""Batches: padding, epochs, sampling by grade, false negatives, and iterators that start anywhere."""
+
+import itertools
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from jaxsearch.data.batches import (
+    CandidateSampler,
+    allowed_in_batch,
+    group_pairs,
+    multiples,
+    pad_tokens,
+    shuffled,
+    step_batches,
+)
+from jaxsearch.data.records import Collection, Document, Query
+from jaxsearch.errors import InputError
+
+GRADES = {"q0": {"d0": 4, "d1": 2, "d2": 1}, "q1": {"d1": 3, "d9": 4}}
+
+
+def collection():
+    return Collection(
+        "small",
+        {key: Query(key, f"query {key}") for key in ("q0", "q1")},
+        {f"d{i}": Document(f"d{i}", {"title": str(i)}) for i in range(10)},
+        GRADES,
+        {"q0": "train", "q1": "train"},
+        frozenset({"d9"}),
+    )
+
+
+def sampler(**options):
+    return CandidateSampler(collection(), threshold=2, **options)
+
+
+@given(st.lists(st.lists(st.integers(1, 99), min_size=1, max_size=12), min_size=1, max_size=5))
+def test_padding_keeps_every_token_that_fits(rows):
+    tokens, where = pad_tokens(rows, pad_id=0, lengths=(4, 8))
+    assert tokens.shape[1] == (4 if max(map(len, rows)) <= 4 else 8)
+    for row, kept, mask in zip(rows, tokens, where, strict=True):
+        assert kept[mask].tolist() == row[:8]
+        assert (kept[~mask] == 0).all()
+
+
+def test_multiples_end_at_the_maximum():
+    assert multiples(16, 40) == (16, 32, 40)
+    assert multiples(16, 32) == (16, 32)
+
+
+@settings(max_examples=30)
+@given(size=st.integers(1, 20), batch=st.integers(1, 7), seed=st.integers(0, 5))
+def test_every_epoch_is_a_permutation_whatever_the_batch_size(size, batch, seed):
+    steps = -(-3 * size // batch)
+    stream = np.concatenate([shuffled(size, batch, step, seed=seed) for step in range(steps)])
+    for epoch in range(3):
+        assert sorted(stream[epoch * size : (epoch + 1) * size]) == list(range(size))
+
+
+def test_epochs_differ():
+    first, second = (shuffled(50, 50, step, seed=0).tolist() for step in (0, 1))
+    assert first != second
+
+
+@pytest.mark.parametrize("provider", ["memory", "grain"])
+def test_an_iterator_may_start_at_any_step(provider):
+    pytest.importorskip("grain")
+    batches = step_batches(lambda step: int(step) ** 2, provider=provider)
+    assert list(itertools.islice(batches(3), 4)) == [9, 16, 25, 36]
+
+
+def test_unknown_provider_is_refused():
+    with pytest.raises(InputError, match="memory"):
+        step_batches(lambda step: step, provider="disk")
+
+
+def test_unseen_documents_are_never_drawn():
+    drawn = sampler(mined={"q1": {"d9": 1.0, "d3": 0.5}})
+    assert drawn.positives("q1") == ["d1"]
+    assert drawn.buckets("q1")["mined"] == ["d3"]
+    for seed in range(20):
+        assert "d9" not in drawn.pairs("q1", 6, np.random.default_rng(seed))
+
+
+def test_negatives_come_from_graded_and_mined_buckets_before_random_ones():
+    drawn = sampler(mined={"q0": {"d5": 0.9, "d0": 0.8, "d6": 0.7}})
+    for seed in range(10):
+        negatives = drawn.negatives("q0", 4, np.random.default_rng(seed))
+        assert {"d2", "d5", "d6"} == set(negatives[:3])
+        assert len(set(negatives)) == 4
+        assert not {"d0", "d1"} & set(negatives)
+
+
+def test_pairs_hold_positives_and_negatives_each_once():
+    pairs = sampler().pairs("q0", 6, np.random.default_rng(0))
+    assert len(set(pairs)) == 6
+    assert {"d0", "d1", "d2"} <= set(pairs)
+
+
+def test_relevant_and_repeated_documents_do_not_stand_against_a_query():
+    drawn = sampler()
+    allowed = allowed_in_batch(drawn, ["q0", "q1"], [["d0", "d5"], ["d1", "d5"]])
+    # q0: its positive d0, d5; d1 is relevant to it, the second d5 is a repetition. q1: d0 is no answer to it.
+    assert allowed.tolist() == [[True, True, False, False], [True, False, True, True]]
+
+
+def test_pairs_are_grouped_by_query_in_order():
+    assert group_pairs([("a", "x"), ("b", "y"), ("a", "z"), ("a", "x")]) == {"a": ["x", "z"], "b": ["y"]}

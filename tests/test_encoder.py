@@ -1,0 +1,136 @@
+"""The bi-encoder: pooling, padding, its loss, and the folder round trip."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from jaxsearch.encoder import Encoder, EncoderBatch, EncoderLoss, TextEncoder, load_encoder, save_encoder
+from jaxsearch.errors import InputError
+from jaxsearch.nn.bert import Bert, BertConfig
+from tests.small_models import BERT, LLAMA, make
+from tests.tiny_bundle import tiny_tokenizer, write_parts
+
+LENGTH = 6
+
+
+@pytest.fixture(params=["mean", "last"])
+def encoder(request):
+    return Encoder(make(BERT if request.param == "mean" else LLAMA), pooling=request.param)
+
+
+def random_tokens(rows, length=LENGTH, seed=0):
+    return np.random.default_rng(seed).integers(1, 48, (rows, length)).astype(np.int32)
+
+
+def test_rows_are_unit_vectors_and_padding_changes_nothing(encoder):
+    tokens = random_tokens(3)
+    where = np.ones(tokens.shape, bool)
+    plain = encoder(jnp.asarray(tokens), jnp.asarray(where))
+    np.testing.assert_allclose(np.linalg.norm(plain, axis=1), 1.0, atol=1e-6)
+    padded = np.pad(tokens, ((0, 0), (0, 4)), constant_values=7)
+    kept = np.pad(where, ((0, 0), (0, 4)))
+    # measured maximum 1.8e-7
+    np.testing.assert_allclose(encoder(jnp.asarray(padded), jnp.asarray(kept)), plain, atol=1e-6)
+
+
+def test_mean_pooling_is_the_mean_of_the_hidden_states():
+    bert = make(BERT)
+    tokens, where = jnp.asarray(random_tokens(1)), jnp.asarray([[True, True, True, False, False, False]])
+    hidden = bert(tokens, where=where)[0, :3].mean(axis=0)
+    expected = hidden / jnp.linalg.norm(hidden)
+    np.testing.assert_allclose(Encoder(bert)(tokens, where)[0], expected, atol=1e-6)
+
+
+def test_unknown_pooling_is_refused():
+    with pytest.raises(InputError, match="mean"):
+        Encoder(make(BERT), pooling="max")
+
+
+def batch(allowed):
+    queries, documents = random_tokens(2, seed=1), random_tokens(6, seed=2).reshape(2, 3, LENGTH)
+    return EncoderBatch(
+        jnp.asarray(queries),
+        jnp.ones(queries.shape, bool),
+        jnp.asarray(documents),
+        jnp.ones(documents.shape, bool),
+        jnp.asarray(allowed),
+    )
+
+
+def test_a_document_that_is_not_allowed_takes_no_part_in_the_softmax():
+    bert = Encoder(make(BERT))
+    allowed = np.ones((2, 6), bool)
+    allowed[0, 3] = False
+    loss = EncoderLoss(temperature=0.1, margin_weight=0.0)
+    total, count, metrics = loss(bert, batch(allowed))
+    embeds = [bert(rows, jnp.ones(rows.shape, bool)) for rows in (batch(allowed).query_tokens,)]
+    documents = bert(batch(allowed).document_tokens.reshape(6, LENGTH), jnp.ones((6, LENGTH), bool))
+    scores = np.asarray(embeds[0] @ documents.T) / 0.1
+    first = np.log(np.exp(np.delete(scores[0], 3)).sum()) - scores[0, 0]
+    second = np.log(np.exp(scores[1]).sum()) - scores[1, 3]
+    assert float(count) == 2.0
+    assert float(metrics["tokens"]) == 2 * LENGTH + 6 * LENGTH
+    np.testing.assert_allclose(float(total), first + second, rtol=1e-5)
+
+
+def test_the_margin_counts_the_queries_own_negatives():
+    bert = Encoder(make(BERT))
+    alone = EncoderLoss(margin=1.0, margin_weight=0.0)(bert, batch(np.ones((2, 6), bool)))[0]
+    total, _, metrics = EncoderLoss(margin=1.0, margin_weight=0.5)(bert, batch(np.ones((2, 6), bool)))
+    np.testing.assert_allclose(float(total - alone), 0.5 * 2 * float(metrics["margin"]), rtol=1e-4)
+    assert float(metrics["margin"]) > 0
+
+
+def test_training_reduces_the_loss_of_a_batch():
+    bert = Encoder(make(BERT))
+    data, loss = batch(np.ones((2, 6), bool)), EncoderLoss()
+    graph, state = nnx.split(bert)
+    value = jax.jit(lambda s: loss(nnx.merge(graph, s), data)[0])
+    gradient = jax.grad(lambda s: loss(nnx.merge(graph, s), data)[0])(state)
+    stepped = jax.tree.map(lambda p, g: p - 0.01 * g, state, gradient)
+    assert float(value(stepped)) < float(value(state))
+
+
+def test_texts_are_embedded_in_any_order_and_number(tmp_path):
+    parts = write_parts(tmp_path)
+    encoder = load_encoder(parts["encoder"])
+    texts = [f"text number {i} " + "word " * (i % 5) for i in range(11)]
+    together = encoder.embed_documents(texts)
+    alone = np.concatenate([encoder.embed_documents([text]) for text in texts])
+    # measured maximum 1.2e-7
+    np.testing.assert_allclose(together, alone, atol=1e-6)
+
+
+def test_nothing_compiles_after_compile(tmp_path):
+    encoder = load_encoder(write_parts(tmp_path)["encoder"])
+    programs = encoder.compile(documents=True)
+    encoder.embed_queries(["a", "much longer query with many words in it"])
+    encoder.embed_documents(["x " * 90] * 70)
+    assert encoder.num_compilations == programs
+
+
+def test_long_texts_keep_their_closing_special_token():
+    tokenizer = tiny_tokenizer()
+    config = BertConfig(
+        tokenizer.vocab_size, embed_dim=16, mlp_dim=24, num_layers=1, num_heads=2, max_positions=64
+    )
+    encoder = TextEncoder(Encoder(Bert(config, rngs=nnx.Rngs(0))), tokenizer, max_document_tokens=8)
+    whole = tokenizer.encode_batch(["abcdefghijklmnop"], special=True)[0]
+    assert encoder.encode_documents(["abcdefghijklmnop"])[0] == [*whole[:7], whole[-1]]
+
+
+def test_a_saved_encoder_embeds_as_before(tmp_path):
+    parts = write_parts(tmp_path)
+    encoder = load_encoder(parts["encoder"])
+    assert encoder.query_instruction == "Find: "
+    save_encoder(tmp_path / "again", encoder, trained={"steps": 1})
+    again = load_encoder(tmp_path / "again")
+    assert np.array_equal(again.embed_queries(["bread"]), encoder.embed_queries(["bread"]))
+    assert again.version != encoder.version
+
+
+def test_another_kind_of_model_is_refused(tmp_path):
+    with pytest.raises(InputError, match="ranker"):
+        load_encoder(write_parts(tmp_path)["ranker"])

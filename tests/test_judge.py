@@ -1,0 +1,115 @@
+"""The judge: read-out, targets, shared policy, and the folder round trip."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from hypothesis import given
+from hypothesis import strategies as st
+
+from jaxsearch.errors import InputError
+from jaxsearch.judge import (
+    Judge,
+    JudgeBatch,
+    JudgeLoss,
+    expected_grade,
+    grade_probs,
+    grade_targets,
+    load_judge,
+    save_judge,
+    soft_label,
+)
+from jaxsearch.nn.lora import LoRAParam, add_lora, merge_lora
+from jaxsearch.nn.transformer import last_hidden
+from tests.small_models import LLAMA, make
+from tests.tiny_bundle import write_parts
+from tests.tiny_collection import tiny_judge
+
+GRADE_IDS = (1, 4, 6, 9, 12)
+POLICY = (7, 3, 11)
+
+
+@given(st.lists(st.floats(-30, 30), min_size=5, max_size=5))
+def test_probabilities_sum_to_one_and_the_label_stays_in_range(logits):
+    probs = grade_probs(np.array([logits]))
+    np.testing.assert_allclose(probs.sum(), 1.0, rtol=1e-12)
+    assert 0.0 <= float(soft_label(probs)[0]) <= 1.0
+    np.testing.assert_allclose(expected_grade(probs), 4 * soft_label(probs))
+
+
+def test_a_certain_judge_gives_its_grade():
+    for grade in range(5):
+        logits = np.full((1, 5), -50.0)
+        logits[0, grade] = 50.0
+        np.testing.assert_allclose(expected_grade(grade_probs(logits)), [grade], atol=1e-12)
+
+
+def test_targets_keep_their_mass_and_their_peak():
+    targets = grade_targets([0, 1, 2, 3, 4], smoothing=0.3)
+    np.testing.assert_allclose(targets.sum(axis=1), 1.0, rtol=1e-6)
+    assert targets.argmax(axis=1).tolist() == [0, 1, 2, 3, 4]
+    assert np.array_equal(grade_targets([3], smoothing=0.0)[0], [0, 0, 0, 1, 0])
+
+
+def random_batch():
+    rng = np.random.default_rng(0)
+    where = np.ones((3, 5), bool)
+    where[1, 2:] = False
+    return JudgeBatch(
+        jnp.asarray(rng.integers(0, 48, (3, 5)), jnp.int32),
+        jnp.asarray(where),
+        jnp.asarray(grade_targets([0, 4, 2], smoothing=0.1)),
+    )
+
+
+def test_a_pair_behind_the_shared_policy_is_graded_as_alone():
+    decoder, batch = make(LLAMA), random_batch()
+    together = Judge(decoder, grade_ids=GRADE_IDS)(jnp.asarray(POLICY, jnp.int32), batch.tokens, batch.where)
+    for row in range(3):
+        pair = batch.tokens[row][batch.where[row]]
+        tokens = jnp.concatenate([jnp.asarray(POLICY, jnp.int32), pair])[None]
+        alone = decoder.logits(last_hidden(decoder(tokens), jnp.ones(tokens.shape, bool)))[
+            0, jnp.asarray(GRADE_IDS)
+        ]
+        # measured maximum 9.5e-7
+        np.testing.assert_allclose(together[row], alone, atol=1e-5)
+
+
+def test_the_loss_is_the_cross_entropy_of_the_grades():
+    judge, batch = Judge(make(LLAMA), grade_ids=GRADE_IDS), random_batch()
+    total, count, metrics = JudgeLoss(POLICY)(judge, batch)
+    logits = np.asarray(judge(jnp.asarray(POLICY, jnp.int32), batch.tokens, batch.where), np.float64)
+    log_probs = logits - np.log(np.exp(logits).sum(axis=1, keepdims=True))
+    np.testing.assert_allclose(float(total), -(np.asarray(batch.targets) * log_probs).sum(), rtol=1e-5)
+    assert float(count) == 3.0
+    assert float(metrics["tokens"]) == 12 + len(POLICY)
+
+
+def test_the_adapter_gets_a_gradient_and_merges_away():
+    judge, batch = Judge(make(LLAMA), grade_ids=GRADE_IDS), random_batch()
+    policy = jnp.asarray(POLICY, jnp.int32)
+    before = np.asarray(judge(policy, batch.tokens, batch.where))
+    add_lora(judge.decoder, rank=2, alpha=4.0, targets="q_proj|down_proj", rngs=nnx.Rngs(0))
+    graph, adapter, rest = nnx.split(judge, LoRAParam, ...)
+    gradient = jax.grad(lambda state: JudgeLoss(POLICY)(nnx.merge(graph, state, rest), batch)[0])(adapter)
+    assert max(float(jnp.abs(leaf).max()) for leaf in jax.tree.leaves(gradient)) > 0
+    merge_lora(judge.decoder)
+    np.testing.assert_allclose(judge(policy, batch.tokens, batch.where), before, atol=1e-5)
+
+
+def test_a_saved_judge_carries_policy_and_prompt(tmp_path):
+    judge = tiny_judge(write_parts(tmp_path))
+    save_judge(tmp_path / "judge", judge, trained={})
+    again = load_judge(tmp_path / "judge")
+    assert again.policy == judge.policy
+    assert again.pairs([("bake", "Baker"), ("dig", "Miner")]) == judge.pairs(
+        [("bake", "Baker"), ("dig", "Miner")]
+    )
+    assert again.request("bake", ["Baker"]) == again.pairs([("bake", "Baker")])
+    assert len(again.label_ids) == 5
+
+
+def test_another_kind_of_model_is_refused(tmp_path):
+    with pytest.raises(InputError, match="ranker"):
+        load_judge(write_parts(tmp_path)["ranker"])

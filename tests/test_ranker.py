@@ -1,0 +1,114 @@
+"""The ranker: shared prefix in training, its loss and masks, and the folder round trip."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from jaxsearch.errors import InputError
+from jaxsearch.nn.transformer import last_hidden
+from jaxsearch.ranker import Ranker, RankerBatch, RankerLoss, TextRanker, load_ranker, save_ranker
+from tests.small_models import LLAMA, make
+from tests.tiny_bundle import write_parts
+
+LABEL_IDS = (3, 5)
+
+
+def random_batch(seed=0):
+    rng = np.random.default_rng(seed)
+    where = np.ones((2, 3, 5), bool)
+    where[0, 1, 3:] = False
+    prefix_where = np.ones((2, 4), bool)
+    prefix_where[1, 3:] = False
+    return RankerBatch(
+        jnp.asarray(rng.integers(0, 48, (2, 4)), jnp.int32),
+        jnp.asarray(prefix_where),
+        jnp.asarray(rng.integers(0, 48, (2, 3, 5)), jnp.int32),
+        jnp.asarray(where),
+        jnp.asarray(rng.random((2, 3)), jnp.float32),
+        jnp.asarray([[True, True, False], [True, False, True]]),
+        jnp.asarray(rng.integers(0, 5, (2, 3)) / 4, jnp.float32),
+        jnp.ones((2, 3), bool),
+    )
+
+
+def test_a_logit_is_that_of_the_whole_prompt_alone():
+    decoder, batch = make(LLAMA), random_batch()
+    ranker = Ranker(decoder, label_ids=LABEL_IDS)
+    together = ranker(batch.prefix_tokens, batch.prefix_where, batch.item_tokens, batch.item_where)
+    for q in range(2):
+        for c in range(3):
+            prefix = batch.prefix_tokens[q][batch.prefix_where[q]]
+            item = batch.item_tokens[q, c][batch.item_where[q, c]]
+            tokens = jnp.concatenate([prefix, item])[None]
+            hidden = last_hidden(decoder(tokens), jnp.ones(tokens.shape, bool))
+            yes, no = decoder.logits(hidden)[0, jnp.asarray(LABEL_IDS)]
+            # measured maximum 9.5e-7
+            np.testing.assert_allclose(together[q, c], yes - no, atol=1e-5)
+
+
+def gradient(loss, batch):
+    graph, state = nnx.split(Ranker(make(LLAMA), label_ids=LABEL_IDS))
+    return jax.tree.leaves(jax.grad(lambda s: loss(nnx.merge(graph, s), batch)[0])(state))
+
+
+def test_labels_that_are_masked_change_nothing():
+    loss, batch = RankerLoss(gold_weight=0.0), random_batch()
+    noisy = dataclasses.replace(
+        batch, teacher=jnp.where(batch.teacher_where, batch.teacher, jnp.float32(0.77))
+    )
+    for left, right in zip(gradient(loss, batch), gradient(loss, noisy), strict=True):
+        assert np.array_equal(left, right)
+
+
+def test_without_any_label_loss_and_gradient_are_zero():
+    nothing = jnp.zeros((2, 3), bool)
+    batch = dataclasses.replace(random_batch(), teacher_where=nothing, gold_where=nothing)
+    total, _, _ = RankerLoss()(Ranker(make(LLAMA), label_ids=LABEL_IDS), batch)
+    assert float(total) == 0.0
+    assert all(np.array_equal(leaf, np.zeros_like(leaf)) for leaf in gradient(RankerLoss(), batch))
+
+
+def test_every_weight_weighs_its_own_term():
+    ranker, batch = Ranker(make(LLAMA), label_ids=LABEL_IDS), random_batch()
+    terms = {}
+    for name in ("teacher_weight", "gold_weight", "list_weight"):
+        weights = dict.fromkeys(("teacher_weight", "gold_weight", "list_weight"), 0.0) | {name: 1.0}
+        terms[name] = float(RankerLoss(**weights)(ranker, batch)[0])
+    assert terms["teacher_weight"] > 0
+    assert terms["gold_weight"] > 0
+    both = float(RankerLoss(teacher_weight=2.0, gold_weight=3.0, list_weight=0.0)(ranker, batch)[0])
+    np.testing.assert_allclose(both, 2 * terms["teacher_weight"] + 3 * terms["gold_weight"], rtol=1e-5)
+
+
+def test_the_list_term_prefers_gold_over_the_teacher():
+    ranker, batch = Ranker(make(LLAMA), label_ids=LABEL_IDS), random_batch()
+    loss = RankerLoss(teacher_weight=1e-9, gold_weight=1e-9, list_weight=1.0)
+    other_teacher = dataclasses.replace(batch, teacher=1.0 - batch.teacher)
+    np.testing.assert_allclose(loss(ranker, batch)[0], loss(ranker, other_teacher)[0], rtol=1e-5)
+    other_gold = dataclasses.replace(batch, gold=1.0 - batch.gold)
+    assert abs(float(loss(ranker, batch)[0] - loss(ranker, other_gold)[0])) > 1e-3
+
+
+def test_scores_are_yes_minus_no():
+    assert TextRanker.scores(np.array([[2.0, 0.5], [0.0, 1.0]], np.float32)).tolist() == [1.5, -1.0]
+
+
+def test_a_saved_ranker_asks_and_answers_as_before(tmp_path):
+    ranker = load_ranker(write_parts(tmp_path)["ranker"])
+    save_ranker(tmp_path / "again", ranker, trained={"steps": 2})
+    again = load_ranker(tmp_path / "again")
+    prompt = ranker.request("bake", ["Baker", "Nurse"])
+    assert again.request("bake", ["Baker", "Nurse"]) == prompt
+    assert ranker.tokenizer.decode(list(prompt.prefix)).count("bake") == 1
+    assert (again.view, again.label_ids) == (ranker.view, ranker.label_ids)
+    tokens = jnp.asarray([prompt.prefix], jnp.int32)
+    assert np.array_equal(again.decoder(tokens), ranker.decoder(tokens))
+
+
+def test_another_kind_of_model_is_refused(tmp_path):
+    with pytest.raises(InputError, match="encoder"):
+        load_ranker(write_parts(tmp_path)["encoder"])

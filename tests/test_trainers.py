@@ -1,0 +1,183 @@
+"""The trainers on a made-up collection and tiny models: whole runs, what they leave, and what they refuse."""
+
+import dataclasses
+import json
+
+import numpy as np
+import pytest
+
+from jaxsearch.encoder import load_encoder
+from jaxsearch.errors import InputError
+from jaxsearch.judge import load_judge, save_judge
+from jaxsearch.ranker import load_ranker
+from tests.tiny_bundle import write_parts
+from tests.tiny_collection import tiny_judge, write_collection
+from train import encoder as encoder_trainer
+from train import judge as judge_trainer
+from train import label as labeller
+from train import ranker as ranker_trainer
+from train.loop import LoopConfig
+from train.step import OptimizerConfig
+
+OPTIMIZER = OptimizerConfig(learning_rate=1e-2)
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    """Paths of the tiny models, the vertical and the collection, as every config wants them."""
+    root = tmp_path_factory.mktemp("world")
+    parts = write_parts(root)
+    judge = root / "judge"
+    save_judge(judge, tiny_judge(parts), trained={})
+    return {"collection": str(write_collection(root / "data")), "vertical": str(parts["vertical"])} | {
+        name: str(path) for name, path in {**parts, "judge": judge}.items() if name != "vertical"
+    }
+
+
+def common(world):
+    return {"collection": world["collection"], "vertical": world["vertical"]}
+
+
+def label_config(world, **changes):
+    config = labeller.LabelConfig(
+        judge=world["judge"],
+        retriever=world["encoder"],
+        num_queries=8,
+        per_query=4,
+        shard_pairs=5,
+        **common(world),
+    )
+    return dataclasses.replace(config, **changes)
+
+
+def test_the_judge_learns_its_pairs_and_reports_agreement(world, tmp_path):
+    config = judge_trainer.JudgeConfig(
+        base=world["ranker"],
+        retriever=world["encoder"],
+        lora_rank=4,
+        pairs_per_query=4,
+        batch_pairs=8,
+        check_queries=3,
+        loop=LoopConfig(num_steps=30),
+        optimizer=OPTIMIZER,
+        **common(world),
+    )
+    judge_trainer.main(config, tmp_path)
+    losses = [json.loads(line).get("loss") for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    losses = [loss for loss in losses if loss is not None]
+    assert losses[-1] < losses[0]
+    report = json.loads((tmp_path / "report.json").read_text())
+    assert report["test"]["pairs"] == 3 * 4
+    assert report["test"]["weighted_kappa_low"] <= report["test"]["weighted_kappa"]
+    assert load_judge(tmp_path / "model").policy == "Grade 4 when it fits.\n"
+
+
+def test_labels_are_one_a_pair_and_say_whose_they_are(world, tmp_path):
+    labeller.main(label_config(world), tmp_path)
+    labels = labeller.read_labels(tmp_path)
+    assert len({(label.query_id, label.document_id) for label in labels}) == len(labels) == 32
+    judge = load_judge(world["judge"])
+    assert {label.judge_version for label in labels} == {judge.version}
+    assert {label.prompt_hash for label in labels} == {judge.prompt.template.fingerprint}
+    for label in labels:
+        np.testing.assert_allclose(sum(label.grade_probs), 1.0, atol=1e-5)
+        assert label.soft_label == pytest.approx(label.expected_grade / 4, abs=1e-6)
+
+
+def test_a_killed_labelling_goes_on_without_losing_or_repeating_a_pair(world, tmp_path):
+    labeller.main(label_config(world), tmp_path / "whole")
+    labeller.main(label_config(world), tmp_path / "killed")
+    shards = sorted((tmp_path / "killed").glob("labels-*.jsonl"))
+    untouched = shards[0].stat().st_mtime_ns
+    shards[2].unlink()
+    shards[4].rename(shards[4].with_suffix(".part"))
+    labeller.main(label_config(world), tmp_path / "killed")
+    assert shards[0].stat().st_mtime_ns == untouched
+    whole, again = (labeller.read_labels(tmp_path / name) for name in ("whole", "killed"))
+    assert [(label.query_id, label.document_id) for label in again] == [
+        (label.query_id, label.document_id) for label in whole
+    ]
+    np.testing.assert_allclose(
+        [label.soft_label for label in again], [label.soft_label for label in whole], atol=2e-6
+    )
+
+
+def test_two_judges_are_never_mixed(world, tmp_path):
+    labeller.main(label_config(world), tmp_path / "labels")
+    other = load_judge(world["judge"])
+    other.policy = "Another policy."
+    save_judge(tmp_path / "other", other, trained={})
+    with pytest.raises(InputError, match="judge_version"):
+        labeller.main(label_config(world, judge=str(tmp_path / "other")), tmp_path / "labels")
+
+
+def test_pairs_from_a_file_are_labelled_and_unknown_ones_refused(world, tmp_path):
+    pairs = tmp_path / "pairs.jsonl"
+    pairs.write_text('{"query_id": "law-q0", "document_id": "wine1"}\n')
+    labeller.main(label_config(world, pairs=str(pairs)), tmp_path / "labels")
+    assert [label.document_id for label in labeller.read_labels(tmp_path / "labels")] == ["wine1"]
+    pairs.write_text('{"query_id": "law-q0", "document_id": "nothing"}\n')
+    with pytest.raises(InputError, match="nothing"):
+        labeller.main(label_config(world, pairs=str(pairs)), tmp_path / "others")
+
+
+def test_the_encoder_learns_in_rounds(world, tmp_path):
+    config = encoder_trainer.EncoderConfig(
+        backbone=world["encoder"],
+        rounds=2,
+        batch_queries=4,
+        documents_per_query=3,
+        max_query_tokens=24,
+        max_document_tokens=32,
+        loop=LoopConfig(num_steps=30),
+        optimizer=OPTIMIZER,
+        **common(world),
+    )
+    encoder_trainer.main(config, tmp_path)
+    report = json.loads((tmp_path / "report.json").read_text())
+    assert set(report) == {"before", "round-0", "round-1"}
+    assert report["round-1"]["ndcg@10"] > report["before"]["ndcg@10"]
+    assert load_encoder(tmp_path / "model").query_instruction == "Find: "
+
+
+def ranker_config(world, labels, **changes):
+    config = ranker_trainer.RankerConfig(
+        base=world["ranker"],
+        layers=(0,),
+        labels=labels,
+        retriever=world["encoder"],
+        batch_queries=4,
+        candidates_per_query=4,
+        max_shared_tokens=80,
+        max_item_tokens=64,
+        check_queries=3,
+        check_depth=4,
+        loop=LoopConfig(num_steps=20),
+        optimizer=OPTIMIZER,
+        **common(world),
+    )
+    return dataclasses.replace(config, **changes)
+
+
+def test_the_ranker_keeps_the_named_layers_and_its_frozen_embeddings(world, tmp_path):
+    labeller.main(label_config(world), tmp_path / "labels")
+    ranker_trainer.main(ranker_config(world, str(tmp_path / "labels")), tmp_path / "ranker")
+    before, after = load_ranker(world["ranker"]), load_ranker(tmp_path / "ranker" / "model")
+    assert after.decoder.config.num_layers == 1
+    assert np.array_equal(after.decoder.embed_tokens.weight[...], before.decoder.embed_tokens.weight[...])
+    kept = np.asarray(before.decoder.layers.mlp.up_proj.kernel[...])[0]
+    assert not np.array_equal(np.asarray(after.decoder.layers.mlp.up_proj.kernel[...])[0], kept)
+
+
+def test_without_gold_only_labelled_pairs_are_used(world, tmp_path):
+    labeller.main(label_config(world, num_queries=5), tmp_path / "labels")
+    ranker_trainer.main(ranker_config(world, str(tmp_path / "labels"), use_gold=False), tmp_path / "ranker")
+    trained = load_ranker(tmp_path / "ranker" / "model")
+    assert trained.version != load_ranker(world["ranker"]).version
+    report = json.loads((tmp_path / "ranker" / "report.json").read_text())
+    assert report["labels"] == 5 * 4
+
+
+def test_missing_labels_say_which_command_makes_them(world, tmp_path):
+    with pytest.raises(InputError, match=r"train\.label"):
+        ranker_trainer.main(ranker_config(world, str(tmp_path / "none")), tmp_path / "ranker")
