@@ -1,0 +1,28 @@
+"""The demo's table: every system on the test queries, the judge on 100 of them.
+
+Command: python -m train.evaluate --config configs/demo/evaluate.py --workdir work/demo/evaluate
+         --set encoder=work/demo/encoder/model judge=work/demo/judge/model ranker=work/demo/ranker/model
+Time: about 5 minutes on two cores (quick: one minute, 8 queries).
+Numbers: whatever the table says; the demo's budget orders BM25, MiniLM and the encoder, not the stages after them.
+"""
+
+from train.evaluate import EvaluateConfig
+
+
+def config() -> EvaluateConfig:
+    return EvaluateConfig(
+        encoder="work/demo/encoder/model", judge="work/demo/judge/model", ranker="work/demo/ranker/model"
+    )
+
+
+def quick() -> EvaluateConfig:
+    return EvaluateConfig(
+        encoder="work/demo-quick/encoder/model",
+        judge="work/demo-quick/judge/model",
+        ranker="work/demo-quick/ranker/model",
+        num_queries=8,
+        depth=5,
+        judge_queries=4,
+        validation_queries=4,
+        num_samples=200,
+    )
