@@ -18,7 +18,7 @@ from jaxsearch.nn.attention import (
     shared_prefix_attention,
 )
 
-TOLERANCE = 2e-6  # measured maximum 5e-7 over 100 seeds
+TOLERANCE = 2e-6  # measured maximum 7.2e-7 over 60 seeds
 
 
 def _heads(rng, *shape):
@@ -161,4 +161,4 @@ def test_bf16_inputs_give_bf16_close_to_float32():
     narrow = dense_attention(*(x.astype(jnp.bfloat16) for x in (queries, keys, values)), mask)
     assert narrow.dtype == jnp.bfloat16
     wide = dense_attention(queries, keys, values, mask)
-    np.testing.assert_allclose(narrow.astype(jnp.float32), wide, atol=0.03)  # measured maximum 0.011
+    np.testing.assert_allclose(narrow.astype(jnp.float32), wide, atol=0.02)  # measured maximum 0.0069

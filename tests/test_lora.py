@@ -36,8 +36,8 @@ def test_zero_b_is_the_identity(target):
     before = _logits(model)
     (path,) = add_lora(model, rank=2, alpha=4.0, targets=target, rngs=nnx.Rngs(1))
     assert path.endswith(target)
-    # measured maximum 9e-8: the sum with zero is exact, its fusion reorders the rest
-    np.testing.assert_allclose(_logits(model), before, atol=1e-6)
+    # adding zero is exact, but fused differently; measured maximum 1.5e-8
+    np.testing.assert_allclose(_logits(model), before, atol=1e-7)
 
 
 @pytest.mark.parametrize("target", KERNELS)
@@ -46,7 +46,7 @@ def test_merged_equals_unmerged_and_differs_from_the_base(target):
     adapted, base = _logits(model), _logits(Decoder(CONFIG, rngs=nnx.Rngs(0)))
     assert float(jnp.abs(adapted - base).max()) > 1e-3
     assert len(merge_lora(model)) == 1
-    np.testing.assert_allclose(_logits(model), adapted, atol=2e-6)  # measured maximum 3e-7
+    np.testing.assert_allclose(_logits(model), adapted, atol=1e-6)  # measured maximum 1.1e-7
 
 
 def test_merging_restores_the_structure():
@@ -59,7 +59,8 @@ def test_merging_restores_the_structure():
 def test_label_columns_of_an_adapted_head():
     model = _adapted("lm_head")
     hidden, ids = model(TOKENS), jnp.asarray([7, 0, 60])
-    np.testing.assert_allclose(model.logits(hidden, ids), model.logits(hidden)[..., ids], atol=1e-6)
+    # measured maximum 2.4e-7
+    np.testing.assert_allclose(model.logits(hidden, ids), model.logits(hidden)[..., ids], atol=2e-6)
 
 
 @pytest.mark.parametrize("use_remat", [False, True])
