@@ -1,0 +1,288 @@
+"""The evaluation table: its numbers by hand, its columns, and the whole launcher over tiny real models."""
+
+import dataclasses
+import doctest
+import io
+import json
+
+import numpy as np
+import pytest
+import rich.console
+from flax import nnx
+
+from jaxsearch.data.prompts import PromptTemplate
+from jaxsearch.data.records import Collection, Document, Query
+from jaxsearch.errors import InputError
+from jaxsearch.judge import new_judge, save_judge
+from jaxsearch.nn.transformer import Decoder
+from jaxsearch.ranker import load_ranker
+from jaxsearch.retrieval.exact import ExactIndex
+from jaxsearch.retrieval.lexical import Bm25Index
+from jaxsearch.retrieval.scann import ScannIndex
+from tests.tiny_bundle import JUDGE_PROMPT, write_parts
+from train import evaluate, index, report
+from train.evaluate import FUSED, EvaluateConfig
+
+WORDS = ["bake", "bread", "write", "code", "forge", "iron", "care", "teach", "dig", "paint", "sew", "drive"]
+
+
+def ranking(*documents):
+    return {document: float(-place) for place, document in enumerate(documents)}
+
+
+QRELS = {"q1": {"a": 4, "u": 2}, "q2": {"b": 3}, "q3": {}}
+GOOD = {"q1": ranking("a", "u", "b"), "q2": ranking("b", "a", "u"), "q3": ranking("a", "b", "u")}
+POOR = {"q1": ranking("b", "u", "a"), "q2": ranking("u", "a", "b"), "q3": ranking("u", "b", "a")}
+COLUMNS = {"all": {"a", "b", "u"}, "seen": {"a", "b"}, "unseen": {"u"}}
+
+
+def group(**changes):
+    options = {"threshold": 2, "baseline": "poor", "num_samples": 200} | changes
+    return report.evaluate_group("test", {"poor": POOR, "good": GOOD}, QRELS, COLUMNS, **options)
+
+
+def test_docstring_examples_hold():
+    result = doctest.testmod(report)
+    assert (result.attempted >= 1, result.failed) == (True, 0)
+
+
+def test_columns_restrict_runs_and_grades_to_their_documents():
+    columns = group().columns
+    assert columns["all"].means["good"]["ndcg@10"] == pytest.approx(1.0)
+    discount = 1 / np.log2(3)
+    by_hand = ((2 * discount + 4 / 2) / (4 + 2 * discount) + 1 / 2) / 2
+    assert columns["all"].means["poor"]["ndcg@10"] == pytest.approx(by_hand, abs=1e-6)
+    # without u, q1 has (b, a) with a graded 4, q2 has (a, b) with b graded 3: both second of two
+    assert columns["seen"].means["poor"]["ndcg@10"] == pytest.approx(discount, abs=1e-6)
+    assert columns["seen"].num_queries["ndcg@10"] == 2
+    assert columns["unseen"].num_queries["ndcg@10"] == 1
+    assert columns["unseen"].means["poor"]["ndcg@10"] == pytest.approx(1.0)
+    assert columns["unseen"].num_queries["poor_match_rate@10"] == 3
+
+
+def test_comparisons_are_paired_with_the_named_baseline():
+    comparison = group().columns["all"].comparisons[0]
+    assert (comparison.system, comparison.against) == ("good", "poor")
+    assert comparison.difference.value == pytest.approx(1 - group().columns["all"].means["poor"]["ndcg@10"])
+    assert comparison.is_significant
+    same = report.evaluate_group("x", {"a": GOOD, "b": GOOD}, QRELS, COLUMNS, threshold=2, baseline="a")
+    assert same.columns["all"].comparisons[0].difference == (0.0, 0.0, 0.0)
+    assert not same.columns["all"].comparisons[0].is_significant
+
+
+def test_fused_ranker_is_compared_with_bm25_and_its_encoder():
+    systems = ["bm25:full", "bm25:short", "minilm", "encoder", "judge", "ranker", FUSED]
+    pairs = report.comparison_pairs(systems, "bm25:short")
+    assert len(pairs) == len(set(pairs))
+    assert {(FUSED, "bm25:full"), (FUSED, "bm25:short"), (FUSED, "encoder"), (FUSED, "ranker")} <= set(pairs)
+    assert {(system, "bm25:short") for system in systems} - {("bm25:short", "bm25:short")} <= set(pairs)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (({"poor": POOR}, {}), "no queries"),
+        (({"poor": {"q1": {}}}, QRELS), "lacks 2 queries, the first 'q2'"),
+        (({"good": GOOD}, QRELS), "baseline 'poor'"),
+        (({"poor": POOR}, {"q1": {}, "q2": {}}), "no query has a graded document among the all"),
+    ],
+)
+def test_group_refuses_what_cannot_be_compared(arguments, message):
+    with pytest.raises(InputError, match=message):
+        report.evaluate_group("test", *arguments, COLUMNS, threshold=2, baseline="poor")
+
+
+def test_overlay_puts_scored_documents_first_and_keeps_the_tail():
+    base = {"q": {"a": 0.4, "b": 0.3, "c": 0.2, "d": 0.1}}
+    merged = report.overlay(base, {"q": {"c": -9.0, "a": -10.0}})
+    assert sorted(merged["q"], key=merged["q"].get, reverse=True) == ["c", "a", "b", "d"]
+    assert report.top(base, 2) == {"q": {"a": 0.4, "b": 0.3}}
+    assert report.overlay(base, {}) == {"q": {"a": 0.0, "b": -1.0, "c": -2.0, "d": -3.0}}
+
+
+def test_document_columns_of_a_collection_without_unseen_documents():
+    documents = {"a": Document("a", {"title": "A"}), "b": Document("b", {"title": "B"})}
+    collection = Collection("x", {"q": Query("q", "?")}, documents, {}, {"q": "test"})
+    assert report.document_columns(collection) == {"all": {"a", "b"}}
+    split = dataclasses.replace(collection, unseen_documents=frozenset("b"))
+    assert report.document_columns(split) == {"all": {"a", "b"}, "seen": {"a"}, "unseen": {"b"}}
+
+
+def test_rendered_tables_state_the_numbers():
+    result = group()
+    text = report.to_markdown("Title", [result], ["grades are derived"])
+    assert "* grades are derived" in text
+    lines = [line for line in text.splitlines() if line.startswith("| ")]
+    assert {line.count("|") for line in lines[:5]} == {15}
+    assert "| good | 1.000 | 1.000 | 1.000 |" in text
+    assert "| perfect ranking |" in text
+    assert "| good − poor | +." in text
+    stream = io.StringIO()
+    console = rich.console.Console(file=stream, width=80)
+    for table in report.to_rich(result):
+        console.print(table)
+    shown = stream.getvalue()
+    assert "unseen documents" in shown
+    assert "…" not in shown
+    assert max(map(len, shown.splitlines())) <= 80
+
+
+def test_json_is_strict_and_complete():
+    result = group()
+    stated = report.to_json([result], {"text": ["derived"]})
+    parsed = json.loads(json.dumps(stated, allow_nan=False))
+    column = parsed["groups"][0]["columns"]["all"]
+    assert column["means"]["good"]["ndcg@10"] == pytest.approx(1.0)
+    assert set(column["headline"]["good"]) == {"value", "low", "high"}
+    assert column["comparisons"][0]["difference"]["low"] > 0
+    without_relevant = report.evaluate_group(
+        "x", {"poor": POOR}, {"q1": {"a": 1}}, {"all": {"a"}}, threshold=2, baseline="poor", num_samples=10
+    )
+    assert (
+        report.to_json([without_relevant], {})["groups"][0]["columns"]["all"]["means"]["poor"]["mrr@10"]
+        is None
+    )
+
+
+def test_plot_has_a_panel_per_column_and_group(tmp_path):
+    report.plot(tmp_path / "one.png", "T", [group()], baseline="poor", footer="a footer " * 40)
+    report.plot(tmp_path / "two.png", "T", [group(), group()], baseline="poor", footer="")
+    sizes = [_png_size(tmp_path / name) for name in ("one.png", "two.png")]
+    assert sizes[0][0] == pytest.approx(sizes[1][0], rel=0.02)
+    assert sizes[1][1] > 1.3 * sizes[0][1]
+    assert 1000 < sizes[0][0] < 2600
+
+
+def _png_size(path):
+    data = path.read_bytes()
+    assert data[:8] == b"\x89PNG\r\n\x1a\n"
+    return int.from_bytes(data[16:20]), int.from_bytes(data[20:24])
+
+
+def test_draw_is_fixed_by_its_seed_and_keeps_order():
+    queries = [Query(str(number), "") for number in range(50)]
+    first = evaluate.draw(queries, 10, 0)
+    assert first == evaluate.draw(queries, 10, 0) != evaluate.draw(queries, 10, 1)
+    assert [int(query.id) for query in first] == sorted(int(query.id) for query in first)
+    assert evaluate.draw(queries, 0, 0) == evaluate.draw(queries, 99, 0) == queries
+
+
+@pytest.fixture(scope="module")
+def parts(tmp_path_factory):
+    """Tiny models, a vertical, and a collection in files: 24 queries, 40 documents."""
+    root = tmp_path_factory.mktemp("parts")
+    folders = write_parts(root)
+    ranker = load_ranker(folders["ranker"])
+    judge = new_judge(
+        Decoder(ranker.decoder.config, rngs=nnx.Rngs(3)),
+        ranker.tokenizer,
+        PromptTemplate.from_text(JUDGE_PROMPT),
+        policy="Grade 4 when it fits.",
+        view="short",
+        max_shared_tokens=64,
+        max_item_tokens=80,
+    )
+    save_judge(root / "judge", judge, trained={})
+    rng = np.random.default_rng(0)
+    texts = [" ".join(rng.choice(WORDS, 3, replace=False)) for _ in range(40)]
+    queries = [" ".join(rng.choice(WORDS, 2, replace=False)) for _ in range(24)]
+    files = {
+        "documents": [
+            {"id": f"d{number:02}", "title": text, "tasks": [f"{WORDS[number % 12]} often."]}
+            for number, text in enumerate(texts)
+        ],
+        "queries": [
+            {"id": f"q{number:02}", "text": text, "split": ("test", "test", "validation")[number % 3]}
+            for number, text in enumerate(queries)
+        ],
+        "grades": [
+            {
+                "query_id": f"q{q:02}",
+                "document_id": f"d{d:02}",
+                "grade": 2 * len(set(query.split()) & set(text.split())),
+            }
+            for q, query in enumerate(queries)
+            for d, text in enumerate(texts)
+        ],
+    }
+    collection = root / "collection"
+    collection.mkdir()
+    for name, rows in files.items():
+        (collection / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return {**folders, "judge": root / "judge", "collection": collection}
+
+
+def config_of(parts, **changes):
+    options = {
+        "encoder": str(parts["encoder"]),
+        "judge": str(parts["judge"]),
+        "ranker": str(parts["ranker"]),
+        "retriever": str(parts["encoder"]),
+        "other_rankers": (f"twin={parts['ranker']}",),
+        "collection": str(parts["collection"]),
+        "vertical": str(parts["vertical"]),
+        "depth": 6,
+        "judge_queries": 5,
+        "num_samples": 100,
+    }
+    return EvaluateConfig(**options | changes)
+
+
+def test_launcher_writes_the_table_of_every_system(parts, tmp_path, capsys):
+    evaluate.main(config_of(parts), tmp_path)
+    stated = json.loads((tmp_path / "report.json").read_text())
+    everything, subset = stated["groups"]
+    systems = ["bm25:full", "bm25:short", "minilm", "encoder", "ranker", FUSED, "twin"]
+    assert (everything["num_queries"], subset["num_queries"]) == (16, 5)
+    means, own = (part["columns"]["all"]["means"] for part in (everything, subset))
+    assert list(means) == systems
+    assert set(own) == {*systems, "judge"}
+    # grades count shared words of the titles, so words alone find them all, and random weights do not
+    assert means["bm25:short"]["ndcg@10"] > 0.9 > means["ranker"]["ndcg@10"]
+    assert means["encoder"] == means["minilm"]
+    assert means["twin"] == means["ranker"]
+    assert means["ranker"]["recall@100"] == means["encoder"]["recall@100"]
+    notes = stated["notes"]
+    assert notes["judge"]["num_pairs"] == 30
+    assert 0.0 <= notes["fusion"][0] <= 1.0
+    assert (tmp_path / "report.md").read_text().startswith("# collection: test queries")
+    assert _png_size(tmp_path / "report.png")[0] > 500
+    assert "report.png" in capsys.readouterr().out
+
+
+def test_launcher_without_an_encoder_folder_starts_from_the_retriever(parts, tmp_path):
+    systems = ("bm25:short", "minilm", "ranker")
+    config = config_of(parts, encoder="", systems=systems, num_queries=4, other_rankers=())
+    evaluate.main(config, tmp_path)
+    stated = json.loads((tmp_path / "report.json").read_text())
+    assert [group["num_queries"] for group in stated["groups"]] == [4]
+    assert list(stated["groups"][0]["columns"]["all"]["means"]) == list(systems)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"systems": ("bm25:long",)}, "unknown system 'bm25:long'"),
+        ({"ranker": ""}, "system 'ranker' needs a folder: set ranker=DIR"),
+        ({"baseline": "judge"}, "baseline 'judge'"),
+        ({"other_rankers": ("twin",)}, "write name=folder"),
+        ({"other_rankers": ("minilm=x",)}, "is a system already"),
+        ({"split": "other"}, "no queries in split"),
+        ({"collection": "no/such/place"}, "no/such/place"),
+    ],
+)
+def test_wrong_configs_are_one_message(parts, tmp_path, changes, message):
+    with pytest.raises(InputError, match=message):
+        evaluate.main(config_of(parts, **changes), tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("kind", "loader"), [("exact", ExactIndex), ("scann", ScannIndex), ("bm25", Bm25Index)]
+)
+def test_index_launcher_writes_an_index_that_knows_its_origin(parts, tmp_path, kind, loader):
+    names = {key: str(parts[key]) for key in ("encoder", "collection", "vertical")}
+    index.main(index.IndexConfig(kind=kind, **names), tmp_path)
+    loaded = loader.load(tmp_path / "index")
+    assert len(loaded.ids) == 40
+    assert (loaded.metadata["view"], loaded.metadata["collection"]) == ("short", "collection")
+    assert (len(loaded.metadata.get("encoder", "")) == 12) == (kind != "bm25")

@@ -1,0 +1,75 @@
+"""Embeds a collection's documents with an encoder and writes a search index.
+
+    python -m train.index --config configs/demo/index.py --workdir work/index --set encoder=work/encoder/model
+
+The folder `index/` says which encoder, view and data it was made from; a bundle refuses an index of another
+encoder.
+"""
+
+import dataclasses
+import time
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import rich.console
+
+from jaxsearch.data.sources import load_collection
+from jaxsearch.data.verticals import load_vertical
+from jaxsearch.retrieval.exact import ExactIndex
+from jaxsearch.retrieval.lexical import Bm25Index
+from jaxsearch.retrieval.scann import ScannIndex
+from train.mining import load_retriever
+from train.options import progress, run
+
+TEXTS_AT_ONCE = 512
+
+
+@dataclasses.dataclass(frozen=True)
+class IndexConfig:
+    """What is indexed, and how."""
+
+    kind: Literal["exact", "scann", "bm25"] = "exact"
+    """exact: scanned on the device, with filters; scann: approximate, on the CPU; bm25: by words, no encoder."""
+    encoder: str = "work/encoder/model"
+    """Asset, hub name or folder of the encoder."""
+    collection: str = "onet_activities"
+    """A built-in collection or the folder of your own (BEIR, JSONL, Parquet)."""
+    vertical: str = "configs/verticals/onet_activities"
+    """Folder with fields and views."""
+    view: str = "short"
+    """Which view of a document is embedded."""
+
+
+def build_index(config: IndexConfig) -> ExactIndex | ScannIndex | Bm25Index:
+    """The index in memory, its metadata filled in."""
+    collection = load_collection(config.collection)
+    vertical = load_vertical(config.vertical)
+    ids = list(collection.documents)
+    texts = [vertical.document_text(document, config.view) for document in collection.documents.values()]
+    metadata = {"collection": collection.name, "data": collection.fingerprint(), "view": config.view}
+    if config.kind == "bm25":
+        return Bm25Index(texts, ids, metadata=metadata)
+    encoder = load_retriever(config.encoder)
+    parts = []
+    with progress("embedding", len(texts)) as advance:
+        for start in range(0, len(texts), TEXTS_AT_ONCE):
+            parts.append(encoder.embed_documents(texts[start : start + TEXTS_AT_ONCE]))
+            advance(len(parts[-1]))
+    make = ExactIndex if config.kind == "exact" else ScannIndex
+    return make(np.concatenate(parts), ids, metadata=metadata | {"encoder": encoder.version})
+
+
+def main(config: IndexConfig, workdir: Path) -> None:
+    started = time.monotonic()
+    index = build_index(config)
+    index.save(workdir / "index")
+    seconds = time.monotonic() - started
+    rich.console.Console().print(
+        f"{len(index.ids)} documents indexed ({config.kind}) in {seconds:.1f} s: {workdir / 'index'}",
+        highlight=False,
+    )
+
+
+if __name__ == "__main__":
+    run(main, IndexConfig)
