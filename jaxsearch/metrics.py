@@ -7,6 +7,7 @@ always share their queries. Tables and plots are in `train/report.py`.
 """
 
 import dataclasses
+import functools
 import importlib.util
 import math
 import re
@@ -50,10 +51,8 @@ class _Measure:
         return cls(match[1], int(match[2]))
 
     def is_defined(self, grades: Mapping[str, int], threshold: int) -> bool:
-        if self.kind == "poor_match_rate":
-            return True
         least = 1 if self.kind.startswith("ndcg") else threshold
-        return any(grade >= least for grade in grades.values())
+        return self.kind == "poor_match_rate" or any(grade >= least for grade in grades.values())
 
 
 def rank_documents(scores: Mapping[str, float]) -> list[str]:
@@ -88,8 +87,7 @@ def rank_metrics(
     Args:
       qrels: which queries are scored, and their grades 0..4; a document without a grade has grade 0.
       run: scores; higher is better. A query that is missing has retrieved nothing (value 0).
-      threshold: documents of this grade or above are relevant for recall, MRR and precision (2 here, 3 as
-        published).
+      threshold: documents of this grade or above are relevant for recall, MRR and precision.
       metrics: names `<metric>@<cut-off>`. `ndcg` has gain = grade, `ndcg_exp` gain = 2**grade - 1; both
         discount by log2(rank + 1) and divide by the best ordering of all graded documents. `poor_match_rate`
         is the share of the documents shown in the top ten whose grade is below 2 (nothing shown: 0).
@@ -102,8 +100,7 @@ def rank_metrics(
     Raises:
       InputError: unknown metric; a score that is NaN.
 
-    Accuracy: the two engines agree within 1e-6 on random runs with ties
-    (`test_metrics.py::test_engines_agree`).
+    Accuracy: the engines agree within 1e-6 on runs with ties (`test_metrics.py::test_engines_agree`).
 
     Source: Jaervelin, Kekaelaeinen, "Cumulated gain-based evaluation of IR techniques", 2002 (gain by grade,
     log2 discount as in trec_eval); Burges et al. 2005 for the exponential gain.
@@ -161,7 +158,7 @@ def _with_ir_measures(
     }
     values: dict[str, PerQuery] = {name: {} for name in measures}
     graded = {query: grades for query, grades in qrels.items() if grades}
-    # Ranks as scores: whole numbers, exact in the C code's float32, so its own tie rule is never asked.
+    # Ranks as scores: exact in the C code's float32, so its own tie rule is never asked.
     ranked = {
         query: {document: float(-rank) for rank, document in enumerate(rankings[query])} for query in graded
     }
@@ -201,25 +198,26 @@ def _with_numpy(
 
 
 def _dcg(gains: Sequence[float]) -> float:
-    return sum(gain / math.log2(rank + 2) for rank, gain in enumerate(gains))
+    return math.fsum(gain / math.log2(rank + 2) for rank, gain in enumerate(gains))
 
 
 def _poor_match_rate(shown: Sequence[str], grades: Mapping[str, int]) -> float:
     return sum(grades.get(document, 0) < POOR_BELOW for document in shown) / len(shown) if shown else 0.0
 
 
-def poor_match_floor(qrels: Qrels, *, depth: int = 10) -> float:
-    """Mean poor match rate of a perfect ranking that fills `depth` places: what no system can go below.
+def poor_match_floor(qrels: Qrels, *, depth: int = 10, num_documents: int | None = None) -> float:
+    """Mean poor match rate of a perfect ranking that fills `depth` places, or as many as there are documents.
 
-    Example: one good document for ten places leaves nine poor ones.
+    Example: one good document for ten places.
 
     >>> poor_match_floor({"q": {"a": 4, "b": 1}})
     0.9
     """
     if not qrels:
         raise InputError("no queries: give qrels with at least one")
+    places = depth if num_documents is None else min(depth, num_documents)
     good = [sum(grade >= POOR_BELOW for grade in grades.values()) for grades in qrels.values()]
-    return float(np.mean([max(0, depth - count) / depth for count in good]))
+    return float(np.mean([max(0, places - count) / places for count in good]))
 
 
 def auc(labels: Sequence[bool] | np.ndarray, scores: Sequence[float] | np.ndarray) -> float:
@@ -319,7 +317,7 @@ def kappa_interval(
     first: Sequence[int] | np.ndarray,
     second: Sequence[int] | np.ndarray,
     *,
-    groups: Sequence[Any] | None = None,
+    groups: Sequence[Any] | np.ndarray | None = None,
     weights: Literal["linear", "quadratic"] = "linear",
     num_grades: int = NUM_GRADES,
     num_samples: int = 10_000,
@@ -332,17 +330,15 @@ def kappa_interval(
     """
     first, second = np.asarray(first), np.asarray(second)
     value = weighted_kappa(first, second, weights, num_grades)
-    group_ids = (
-        np.unique(np.asarray(groups), return_inverse=True)[1] if groups is not None else np.arange(first.size)
-    )
+    groups = np.arange(first.size) if groups is None else np.asarray(groups)
+    group_ids = np.unique(groups, return_inverse=True)[1]
     num_groups = int(group_ids.max()) + 1
     cells = np.zeros((num_groups, num_grades, num_grades))
     np.add.at(cells, (group_ids, first.astype(np.int64), second.astype(np.int64)), 1.0)
     estimates = _resampled(
         lambda counts: _kappa(np.tensordot(counts, cells, axes=1), weights), num_groups, num_samples, seed
     )
-    low, high = _ends(estimates, level)
-    return Interval(value, low, high)
+    return Interval(value, *_ends(estimates, level))
 
 
 def bootstrap_ci(
@@ -384,14 +380,19 @@ def _resampled(
     statistic: Callable[[np.ndarray], np.ndarray], size: int, num_samples: int, seed: int
 ) -> np.ndarray:
     """The statistic of resampling counts [samples size], in blocks of bounded memory."""
-    rng = np.random.default_rng(seed)
     block = max(1, min(num_samples, 4_000_000 // size))
-    probs = np.full(size, 1.0 / size)
-    estimates = [
-        statistic(rng.multinomial(size, probs, size=min(block, num_samples - start)).astype(np.float64))
-        for start in range(0, num_samples, block)
-    ]
-    return np.concatenate(estimates)
+    starts = range(0, num_samples, block)
+    blocks = (_resampling_counts(size, min(block, num_samples - start), seed, start) for start in starts)
+    return np.concatenate([statistic(counts) for counts in blocks])
+
+
+@functools.lru_cache(maxsize=4)
+def _resampling_counts(size: int, num_samples: int, seed: int, start: int) -> np.ndarray:
+    """How often each of `size` queries is drawn; kept, since a table compares many systems on the same queries."""
+    drawn = np.random.default_rng((seed, start)).integers(0, size, (num_samples, size))
+    drawn += np.arange(num_samples)[:, None] * size
+    counts = np.bincount(drawn.ravel(), minlength=num_samples * size).reshape(num_samples, size)
+    return counts.astype(np.float32)
 
 
 def _ends(estimates: np.ndarray, level: float) -> tuple[float, float]:

@@ -23,8 +23,8 @@ def test_recovers_probabilities_from_logits():
     labels = (rng.uniform(size=logits.size) < 1 / (1 + np.exp(-logits))).astype(float)
     fitted = fit_isotonic(3 * logits + 1, labels)
     probs = fitted(3 * logits + 1)
-    assert np.abs(probs - 1 / (1 + np.exp(-logits))).mean() < 0.02  # measured .0098
-    assert calibration_error(probs, labels) < 0.005  # measured 4e-17 (the pools are the bins' means)
+    assert np.abs(probs - 1 / (1 + np.exp(-logits))).mean() < 0.02  # measured .0108
+    assert calibration_error(probs, labels) < 0.005  # measured .0007
     assert calibration_error(1 / (1 + np.exp(-3 * logits - 1)), labels) > 0.05
 
 

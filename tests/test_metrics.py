@@ -75,7 +75,7 @@ def test_engines_agree(qrels, run, threshold):
     for name in names:
         assert first[name].keys() == second[name].keys()
         for query, value in first[name].items():
-            assert value == pytest.approx(second[name][query], abs=1e-6)  # measured max 1e-16
+            assert value == pytest.approx(second[name][query], abs=1e-6)  # measured max 2.2e-16
             assert 0.0 <= value <= 1.0 + 1e-9
 
 
@@ -125,6 +125,8 @@ def test_poor_match_floor_is_reached_by_the_perfect_ranking():
     values = metrics.rank_metrics(qrels, perfect, threshold=2, metrics=("poor_match_rate@10",))
     mean = np.mean(list(values["poor_match_rate@10"].values()))
     assert mean == pytest.approx(metrics.poor_match_floor(qrels), abs=1e-12)
+    few = {key: {"d00": 4, "d01": 0} for key in qrels}
+    assert metrics.poor_match_floor(few, num_documents=2) == 0.5
 
 
 @settings(max_examples=40, deadline=None)
@@ -156,7 +158,7 @@ def test_weighted_kappa_equals_sklearn(weights):
 
 
 @pytest.mark.parametrize(
-    ("first", "second"), [([0, 1], [0]), ([], []), ([5], [0]), ([-1], [0]), ([0.5], [0])]
+    ("first", "second"), [([0, 1], [0]), ([], []), ([5], [0]), ([-1], [0]), (np.array([0.5]), [0])]
 )
 def test_kappa_refuses_what_are_not_grades(first, second):
     with pytest.raises(InputError, match="grades must be"):
@@ -181,7 +183,7 @@ def test_bootstrap_interval_covers_the_true_mean():
         sample = {str(key): float(value) for key, value in enumerate(rng.normal(0.3, 1.0, 60))}
         interval = metrics.bootstrap_ci(sample, num_samples=400, seed=trial)
         covered += interval.low <= 0.3 <= interval.high
-    assert 0.90 <= covered / 200 <= 0.98  # measured .935
+    assert 0.90 <= covered / 200 <= 0.98  # measured .94
 
 
 def test_paired_bootstrap_is_deterministic_and_signed():

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from jaxsearch.errors import InputError
-from jaxsearch.retrieval import NO_DOCUMENT, Hits, fusion, pad_hits, starved, to_run
+from jaxsearch.retrieval import NO_DOCUMENT, Hits, fusion, lexical, pad_hits, starved, to_run
 from jaxsearch.retrieval.exact import ExactIndex
 from jaxsearch.retrieval.lexical import Bm25Index
 from jaxsearch.retrieval.scann import ScannIndex
@@ -50,7 +50,7 @@ def test_exact_equals_float64(data, budget):
     scores, positions = index.search(queries, 20)
     expected = reference(queries.astype(np.float64) @ documents.T.astype(np.float64), 20)
     np.testing.assert_array_equal(positions, expected[1])
-    np.testing.assert_allclose(scores, expected[0], atol=2e-6)  # measured max 1.2e-7
+    np.testing.assert_allclose(scores, expected[0], atol=2e-6)  # measured max 6.3e-8
     assert (scores.dtype, positions.dtype) == (np.float32, np.int32)
 
 
@@ -88,7 +88,7 @@ def test_exact_adds_weighted_features(data):
     expected = reference(2.0 * queries @ documents.T + features @ np.array([0.5, -0.25]), 15)
     scores, positions = index.search(queries, 15)
     np.testing.assert_array_equal(positions, expected[1])
-    np.testing.assert_allclose(scores, expected[0], atol=2e-6)  # measured max 2.4e-7
+    np.testing.assert_allclose(scores, expected[0], atol=2e-6)  # measured max 2.7e-7
 
 
 def test_exact_breaks_ties_by_document_order():
@@ -128,7 +128,7 @@ def test_exact_in_bfloat16_stays_near(data):
     index = ExactIndex(documents, names(1003), dtype=jax.numpy.bfloat16)
     scores, _ = index.search(queries, 1)
     expected, _ = reference(queries @ documents.T, 1)
-    np.testing.assert_allclose(scores, expected, atol=8e-3)  # measured max 1.7e-3
+    np.testing.assert_allclose(scores, expected, atol=8e-3)  # measured max 2.0e-3
 
 
 @pytest.mark.parametrize(
@@ -188,7 +188,7 @@ def test_scann_finds_what_exact_finds(clustered, scann_index):
     hits = scann_index.search(queries, 10)
     assert overlap(exact.positions, hits.positions) >= 0.9  # measured 1.0
     expected = np.take_along_axis(queries @ documents.T, hits.positions, 1)
-    np.testing.assert_allclose(hits.scores, expected, atol=1e-5)  # measured max 2e-7
+    np.testing.assert_allclose(hits.scores, expected, atol=1e-5)  # measured max 2.4e-7
     assert (np.diff(hits.scores, axis=1) <= 0).all()
     assert not starved(hits, 6000).any()
 
@@ -200,7 +200,7 @@ def test_scann_over_fetches_under_a_filter_and_says_when_starved(clustered, scan
     exact = ExactIndex(documents, names(6000)).search(queries, 10, mask)
     hits = scann_index.search(queries, 10, mask)
     assert mask[hits.positions].all()
-    assert overlap(exact.positions, hits.positions) >= 0.9  # measured .985
+    assert overlap(exact.positions, hits.positions) >= 0.9  # measured 1.0
     assert not starved(hits, 6000, mask).any()
     far = np.zeros((20, 6000), bool)
     far[np.arange(20)[:, None], np.argsort(queries @ documents.T, axis=1)[:, :50]] = True
@@ -219,11 +219,16 @@ def test_scann_is_exhaustive_on_small_corpora(data):
     mask = rng.uniform(size=923) < 0.2
     for k, chosen in ((10, None), (923, None), (1000, None), (30, mask)):
         found, expected = index.search(queries, k, chosen), exact.search(queries, k, chosen)
-        np.testing.assert_allclose(found.scores, expected.scores, atol=1e-6)  # measured max 1.8e-7
+        np.testing.assert_allclose(found.scores, expected.scores, atol=1e-6)  # measured max 1.5e-7
         np.testing.assert_array_equal(np.sort(found.positions), np.sort(expected.positions))
 
 
 TEXTS = ["Negotiate labor disputes", "Repair aircraft engines and engines", "Labor law", "", "Repair shoes"]
+
+
+def test_stem_docstring_example_holds():
+    result = doctest.testmod(lexical)
+    assert (result.attempted, result.failed) == (1, 0)
 
 
 def test_bm25_ranks_by_words_and_omits_the_rest():
@@ -352,5 +357,5 @@ def test_exact_scans_a_large_corpus_in_bounded_time():
     index.compile(16, 100)
     started = time.monotonic()
     hits = index.search(queries, 100)
-    assert time.monotonic() - started < 10  # measured .2 s
+    assert time.monotonic() - started < 10  # measured .03 s
     assert len(set(hits.positions[0].tolist())) == 100
