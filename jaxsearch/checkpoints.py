@@ -214,6 +214,8 @@ class TrainCheckpoints:
         self._manager.reload()
 
     def _report_failure(self, error: Exception) -> None:
+        for half_written in self.directory.glob("*.orbax-checkpoint-tmp*"):
+            shutil.rmtree(half_written, ignore_errors=True)
         reason = next(iter(str(error).splitlines()), "") or type(error).__name__
         self._say(
             f"a checkpoint could not be written to {self.directory} ({reason[:200]}); the run goes on without it"
