@@ -290,7 +290,8 @@ def notes_of(
         f"collection {collection.name} ({collection.fingerprint()}), {len(collection.documents)} documents; "
         f"relevant: grade {threshold} or above; NDCG has linear gain, NDCG exp 2^grade - 1",
         collection.notice or "grades are the collection's own",
-        f"encoders read the {config.view} view; judge and rankers reorder the first stage's best {config.depth}",
+        f"encoders read the {config.view} view; judge and rankers, where shown, reorder the best {config.depth} of "
+        f"{'encoder' if config.encoder else 'minilm'}",
         "each column counts its own documents only; candidates come from the whole corpus",
         "poor@10: share of the top ten graded below 2; the last row is what a perfect ranking has",
     ]

@@ -265,7 +265,7 @@ def comparison_rows(group: GroupResult) -> tuple[list[str], list[list[str]]]:
 def to_rich(group: GroupResult) -> list[rich.table.Table]:
     """The two tables of a group for a console of 80 characters: a section per column of documents."""
     style: dict[str, Any] = {"title_justify": "left", "box": rich.box.SIMPLE_HEAD, "pad_edge": False}
-    caption = "exp: NDCG@10 with exponential gain; poor: match rate@10, ≥ what a perfect ranking has"
+    caption = "exp: exponential gain; poor: poor match rate@10, ≥ a perfect ranking's"
     table = rich.table.Table(
         title=f"{group.name}: {group.num_queries} queries", caption=caption, caption_justify="left", **style
     )
