@@ -58,6 +58,8 @@ def test_the_judge_learns_its_pairs_and_reports_agreement(world, tmp_path):
         pairs_per_query=4,
         batch_pairs=8,
         check_queries=3,
+        max_shared_tokens=48,
+        max_item_tokens=80,
         loop=LoopConfig(num_steps=30),
         optimizer=OPTIMIZER,
         **common(world),
