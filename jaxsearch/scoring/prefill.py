@@ -183,7 +183,8 @@ class PrefillScorer:
 
         Returns: for each request float32 [items, labels], in the order given.
         Raises: InputError as `plan` does.
-        Accuracy: within 1e-5 of scoring prefix + item alone in float32 (`tests/test_prefill.py`).
+        Accuracy: within 1e-5 of the largest logit from scoring prefix + item alone in float32; measured 6e-7 with
+        SmolLM2-135M, 1.2e-7 in `tests/test_prefill.py`.
         """
         batches = self.plan(requests)
         pending = [(batch, self.start(batch)) for batch in batches]
@@ -250,7 +251,7 @@ def _run_prefix(graph: Any, weights: Any, tokens: Int[Array, "1 p"], where: Bool
     return decoder.prefill(tokens, where)[1]
 
 
-def _run_items(  # noqa: PLR0917 - the positions are those of the compiled program
+def _run_items(
     graph: Any,
     weights: Any,
     tokens: Int[Array, "1 c t"],
