@@ -31,6 +31,7 @@ import rich.console
 import rich.logging
 import rich.progress
 
+from jaxsearch.data.assets import cache_dir
 from jaxsearch.errors import InputError
 
 EXIT_INPUT_ERROR = 2
@@ -85,8 +86,7 @@ def prepare(workdir: Path) -> None:
         workdir.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise InputError(f"--workdir {workdir}: cannot be made ({error.strerror})") from None
-    root = Path(os.environ.get("JAXSEARCH_CACHE") or Path.home() / ".cache" / "jaxsearch")
-    jax.config.update("jax_compilation_cache_dir", str(root / "xla"))
+    jax.config.update("jax_compilation_cache_dir", str(cache_dir() / "xla"))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 1.0)
     logging.basicConfig(
         level=logging.INFO,
