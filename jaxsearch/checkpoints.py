@@ -195,9 +195,10 @@ class TrainCheckpoints:
         )
         if different:
             name = different[0]
+            found, expected = saved.get(name, "absent"), wanted.get(name, "absent")
             raise InputError(
                 f"{self.directory / str(step)} is a checkpoint of another model or optimiser: {len(different)} "
-                f"arrays differ, e.g. {name}: {saved.get(name, 'absent')} on disk, {wanted.get(name, 'absent')} wanted. "
+                f"arrays differ, e.g. {name}: {found} on disk, {expected} wanted. "
                 "Give another --workdir, or delete that directory to start anew"
             )
 
