@@ -29,6 +29,17 @@ def matmul_precision(dtype: DTypeLike) -> jax.lax.Precision:
     return jax.lax.Precision.HIGHEST if jnp.dtype(dtype) == jnp.float32 else jax.lax.Precision.DEFAULT
 
 
+def project(inputs: Float[Array, "*b i"], kernel: Float[Array, "i o"]) -> Float[Array, "*b o"]:
+    """inputs @ kernel in their dtype, rows flattened.
+
+    With one contracted axis XLA's CPU backend needs no transposed copy of the activations for the kernel's
+    gradient; with `*b` kept apart it makes one, and computes what feeds it with strided access.
+    """
+    *lead, in_dim = inputs.shape
+    rows = inputs.reshape(math.prod(lead), in_dim)
+    return jnp.matmul(rows, kernel, precision=matmul_precision(inputs.dtype)).reshape(*lead, kernel.shape[1])
+
+
 def make_param(
     initializer: Callable,
     rngs: nnx.Rngs,
@@ -77,9 +88,7 @@ class Linear(nnx.Module):
         self.dtype = jnp.dtype(dtype)
 
     def __call__(self, inputs: Float[Array, "*b i"]) -> Float[Array, "*b o"]:
-        kernel = self.kernel[...].astype(self.dtype)
-        precision = matmul_precision(self.dtype)
-        outputs = jnp.einsum("...i,io->...o", inputs.astype(self.dtype), kernel, precision=precision)
+        outputs = project(inputs.astype(self.dtype), self.kernel[...].astype(self.dtype))
         if self.bias is not None:
             outputs += _along_last(self.bias[...].astype(self.dtype), outputs.ndim)
         return outputs

@@ -13,7 +13,7 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from jaxsearch.errors import InputError
-from jaxsearch.nn.layers import Linear, make_param, matmul_precision
+from jaxsearch.nn.layers import Linear, make_param, matmul_precision, project
 
 
 class LoRAParam(nnx.Param):
@@ -43,9 +43,8 @@ class LoRALinear(nnx.Module):
     def __call__(self, inputs: Float[Array, "*b i"]) -> Float[Array, "*b o"]:
         dtype = self.base.dtype
         lora_a, lora_b = self.lora_a[...].astype(dtype), self.lora_b[...].astype(dtype)
-        narrow = jnp.einsum("...i,ir->...r", inputs.astype(dtype), lora_a, precision=matmul_precision(dtype))
-        delta = jnp.einsum("...r,ro->...o", narrow, lora_b, precision=matmul_precision(dtype))
-        return self.base(inputs) + delta * self.scale
+        delta = project(project(inputs.astype(dtype), lora_a) * self.scale, lora_b)
+        return self.base(inputs) + delta
 
     def columns(self, ids: Int[Array, "k"] | None = None) -> Float[Array, "i k"]:
         kernel = self.merged_kernel()
