@@ -182,29 +182,35 @@ def write_bundle(
         answers = known_answers(ranker, plan, triples)
         _write_json(part / "selftest.json", [dataclasses.asdict(answer) for answer in answers])
         (part / "MODEL_CARD.md").write_text(model_card, encoding="utf-8")
-        _write_json(
-            part / MANIFEST,
-            {
-                "format": FORMAT,
-                "name": name,
-                "encoder_version": encoder.version,
-                "ranker_version": ranker.version,
-                "prompt_fingerprint": ranker.prompt.template.fingerprint,
-                "label_ids": list(ranker.label_ids),
-                "lexical_view": lexical_view,
-                "plan": dataclasses.asdict(plan),
-                "files": {
-                    path: {"sha256": _sha256(part / path), "size_bytes": (part / path).stat().st_size}
-                    for path in _files(part)
-                },
-            },
-        )
+        _write_manifest(part, name, encoder, ranker, plan, lexical_view)
         if directory.exists():
             shutil.rmtree(directory)
         os.replace(part, directory)
     finally:
         shutil.rmtree(part, ignore_errors=True)
     return directory
+
+
+def _write_manifest(
+    part: Path, name: str, encoder: TextEncoder, ranker: TextRanker, plan: ShapePlan, lexical_view: str
+) -> None:
+    """What is in the folder, byte for byte, and which versions belong together."""
+    files = {
+        path: {"sha256": _sha256(part / path), "size_bytes": (part / path).stat().st_size}
+        for path in _files(part)
+    }
+    manifest = {
+        "format": FORMAT,
+        "name": name,
+        "encoder_version": encoder.version,
+        "ranker_version": ranker.version,
+        "prompt_fingerprint": ranker.prompt.template.fingerprint,
+        "label_ids": list(ranker.label_ids),
+        "lexical_view": lexical_view,
+        "plan": dataclasses.asdict(plan),
+        "files": files,
+    }
+    _write_json(part / MANIFEST, manifest)
 
 
 def load_bundle(directory: str | Path) -> Bundle:

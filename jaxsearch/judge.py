@@ -76,8 +76,8 @@ def grade_probs(grade_logits: Float[np.ndarray, "*b 5"]) -> Float[np.ndarray, "*
     """Softmax over the five grade tokens.
 
     Example:
-        >>> grade_probs(np.zeros((1, 5), np.float32)).round(3).tolist()[0]
-        [0.2, 0.2, 0.2, 0.2, 0.2]
+        >>> grade_probs(np.zeros((1, 5))).tolist()
+        [[0.2, 0.2, 0.2, 0.2, 0.2]]
     """
     shifted = np.exp(grade_logits - grade_logits.max(axis=-1, keepdims=True))
     return shifted / shifted.sum(axis=-1, keepdims=True)

@@ -1,6 +1,6 @@
 """Fine-tunes the bi-encoder: InfoNCE + margin, negatives by grade, hard negatives mined with the current model.
 
-    python -m train.encoder --config configs/encoder_onet.py --workdir work/encoder
+    python -m train.encoder --config configs/demo/encoder.py --workdir work/encoder
 
 Training runs in rounds; before each, the current model mines its own hard negatives on the train queries. Writes
 `model/` and `report.json`.

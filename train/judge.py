@@ -1,6 +1,6 @@
 """Trains the relevance judge: LoRA on a frozen decoder, grades under a written policy.
 
-    python -m train.judge --config configs/judge_onet.py --workdir work/judge
+    python -m train.judge --config configs/demo/judge.py --workdir work/judge
 
 Writes `model/` (the merged judge, an ordinary HF folder with a card) and `report.json` (agreement with gold grades).
 """

@@ -1,6 +1,7 @@
 """Trains the ranker: a decoder cut to some of its layers, distilled from the judge, with gold and a list-wise term.
 
-    python -m train.ranker --config configs/ranker_onet.py --workdir work/ranker --set labels=work/labels
+    python -m train.ranker --config configs/demo/ranker.py --workdir work/ranker
+        --set labels=work/labels
 
 A batch holds a few queries with several candidates each; the query's prompt is computed once for all of them.
 Writes `model/` and `report.json`.
