@@ -53,12 +53,16 @@ class Encoder(nnx.Module):
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class EncoderBatch:
-    """q queries with m documents each, document 0 the positive; `allowed` from `data.batches.allowed_in_batch`."""
+    """q queries with m documents each, n = q * m in all; `place[q, 0]` is the positive.
+
+    Documents come in groups of like length, as (tokens, where); `place` says where each stands in their
+    concatenation, `allowed` (see `data.batches.allowed_in_batch`) which of the n may stand against a query.
+    """
 
     query_tokens: Int[Any, "q t"]
     query_where: Bool[Any, "q t"]
-    document_tokens: Int[Any, "q m s"]
-    document_where: Bool[Any, "q m s"]
+    documents: tuple[tuple[Int[Any, "_ _"], Bool[Any, "_ _"]], ...]
+    place: Int[Any, "q m"]
     allowed: Bool[Any, "q n"]
 
 
@@ -74,11 +78,10 @@ class EncoderLoss:
     margin_weight: float = 0.2
 
     def __call__(self, encoder: Encoder, batch: EncoderBatch):
-        num_queries, per_query, length = batch.document_tokens.shape
+        num_queries, per_query = batch.place.shape
         queries = encoder(batch.query_tokens, batch.query_where)
-        flat = encoder(
-            batch.document_tokens.reshape(-1, length), batch.document_where.reshape(-1, length)
-        )  # [q*m, e]
+        embeds = jnp.concatenate([encoder(tokens, where) for tokens, where in batch.documents])
+        flat = embeds[batch.place.reshape(-1)]  # [q*m, e]
         positive_index = jnp.arange(num_queries, dtype=jnp.int32) * per_query
         contrastive = losses.info_nce(
             queries, flat, positive_index, temperature=self.temperature, where=batch.allowed
@@ -88,11 +91,12 @@ class EncoderLoss:
         margins = losses.margin_loss(positives, negatives, margin=self.margin).mean(axis=-1)
         hits = (positives > negatives).all(axis=-1)
         count = jnp.asarray(num_queries, jnp.float32)
+        tokens = batch.query_where.sum() + sum(where.sum() for _, where in batch.documents)
         metrics = {
             "info_nce": contrastive.mean(),
             "margin": margins.mean(),
             "own_accuracy": hits.mean(dtype=jnp.float32),
-            "tokens": (batch.query_where.sum() + batch.document_where.sum()).astype(jnp.float32),
+            "tokens": tokens.astype(jnp.float32),
         }
         return (contrastive + self.margin_weight * margins).sum(), count, metrics
 

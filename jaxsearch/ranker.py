@@ -35,13 +35,18 @@ class Ranker(nnx.Module):
         self,
         prefix_tokens: Int[Array, "q p"],
         prefix_where: Bool[Array, "q p"],
-        item_tokens: Int[Array, "q c t"],
-        item_where: Bool[Array, "q c t"],
+        *items: tuple[Int[Array, "q _ _"], Bool[Array, "q _ _"]],
     ) -> Float[Array, "q c"]:
-        """Float32 logits. A candidate without any token gives a meaningless but finite logit."""
+        """Float32 logits; a candidate without any token gives a meaningless but finite one.
+
+        Args: `items` are (tokens, where) [q, c, t] of one or more groups of candidates, c summing over them.
+        """
         _, prefix = self.decoder.prefill(prefix_tokens, prefix_where)
-        hidden = self.decoder.attend_prefix(item_tokens, item_where, prefix)
-        logits = self.decoder.logits(last_hidden(hidden, item_where), jnp.asarray(self.label_ids, jnp.int32))
+        labels = jnp.asarray(self.label_ids, jnp.int32)
+        answers = [
+            last_hidden(self.decoder.attend_prefix(tokens, where, prefix), where) for tokens, where in items
+        ]
+        logits = self.decoder.logits(jnp.concatenate(answers, axis=1), labels)
         return logits[..., 0] - logits[..., 1]
 
 
@@ -50,13 +55,13 @@ class Ranker(nnx.Module):
 class RankerBatch:
     """q queries with c candidates each; every label has its own `where`, so that any may be missing.
 
-    `teacher` is the judge's soft label in [0, 1]; `gold` is the human or derived grade divided by 4.
+    Candidates come in groups of like length along c, as (tokens, where). `teacher` is the judge's soft label in
+    [0, 1]; `gold` is the human or derived grade divided by 4.
     """
 
     prefix_tokens: Int[Any, "q p"]
     prefix_where: Bool[Any, "q p"]
-    item_tokens: Int[Any, "q c t"]
-    item_where: Bool[Any, "q c t"]
+    items: tuple[tuple[Int[Any, "q _ _"], Bool[Any, "q _ _"]], ...]
     teacher: Float[Any, "q c"]
     teacher_where: Bool[Any, "q c"]
     gold: Float[Any, "q c"]
@@ -78,7 +83,7 @@ class RankerLoss:
     list_temperature: float = 0.25
 
     def __call__(self, ranker: Ranker, batch: RankerBatch):
-        logits = ranker(batch.prefix_tokens, batch.prefix_where, batch.item_tokens, batch.item_where)
+        logits = ranker(batch.prefix_tokens, batch.prefix_where, *batch.items)
         teacher = losses.binary_distillation(logits, batch.teacher, where=batch.teacher_where)
         gold = losses.binary_distillation(logits, batch.gold, where=batch.gold_where)
         use_gold = batch.gold_where if self.gold_weight > 0 else jnp.zeros_like(batch.gold_where)
@@ -92,11 +97,12 @@ class RankerLoss:
             + self.gold_weight * gold.mean(axis=-1)
             + self.list_weight * listwise
         )
+        tokens = batch.prefix_where.sum() + sum(where.sum() for _, where in batch.items)
         metrics = {
             "teacher": teacher.mean(),
             "gold": gold.mean(),
             "listwise": listwise.mean(),
-            "tokens": (batch.prefix_where.sum() + batch.item_where.sum()).astype(jnp.float32),
+            "tokens": tokens.astype(jnp.float32),
         }
         return per_query.sum(), count, metrics
 

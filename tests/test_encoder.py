@@ -48,14 +48,17 @@ def test_unknown_pooling_is_refused():
         Encoder(make(BERT), pooling="max")
 
 
+DOCUMENTS = random_tokens(6, seed=2)
+ORDER = np.array([4, 0, 5, 2, 1, 3])
+
+
 def batch(allowed):
-    queries, documents = random_tokens(2, seed=1), random_tokens(6, seed=2).reshape(2, 3, LENGTH)
+    """Two queries with three documents each, which stand in two groups and in another order."""
+    queries, documents = random_tokens(2, seed=1), DOCUMENTS[ORDER]
+    groups = tuple((jnp.asarray(part), jnp.ones(part.shape, bool)) for part in (documents[:4], documents[4:]))
+    place = jnp.asarray(np.argsort(ORDER).reshape(2, 3), jnp.int32)
     return EncoderBatch(
-        jnp.asarray(queries),
-        jnp.ones(queries.shape, bool),
-        jnp.asarray(documents),
-        jnp.ones(documents.shape, bool),
-        jnp.asarray(allowed),
+        jnp.asarray(queries), jnp.ones(queries.shape, bool), groups, place, jnp.asarray(allowed)
     )
 
 
@@ -65,9 +68,9 @@ def test_a_document_that_is_not_allowed_takes_no_part_in_the_softmax():
     allowed[0, 3] = False
     loss = EncoderLoss(temperature=0.1, margin_weight=0.0)
     total, count, metrics = loss(bert, batch(allowed))
-    embeds = [bert(rows, jnp.ones(rows.shape, bool)) for rows in (batch(allowed).query_tokens,)]
-    documents = bert(batch(allowed).document_tokens.reshape(6, LENGTH), jnp.ones((6, LENGTH), bool))
-    scores = np.asarray(embeds[0] @ documents.T) / 0.1
+    queries = bert(batch(allowed).query_tokens, jnp.ones((2, LENGTH), bool))
+    documents = bert(jnp.asarray(DOCUMENTS), jnp.ones((6, LENGTH), bool))
+    scores = np.asarray(queries @ documents.T) / 0.1
     first = np.log(np.exp(np.delete(scores[0], 3)).sum()) - scores[0, 0]
     second = np.log(np.exp(scores[1]).sum()) - scores[1, 3]
     assert float(count) == 2.0

@@ -21,13 +21,14 @@ def random_batch(seed=0):
     rng = np.random.default_rng(seed)
     where = np.ones((2, 3, 5), bool)
     where[0, 1, 3:] = False
+    where[:, 2, 4:] = False
     prefix_where = np.ones((2, 4), bool)
     prefix_where[1, 3:] = False
+    items, where = jnp.asarray(rng.integers(0, 48, (2, 3, 5)), jnp.int32), jnp.asarray(where)
     return RankerBatch(
         jnp.asarray(rng.integers(0, 48, (2, 4)), jnp.int32),
         jnp.asarray(prefix_where),
-        jnp.asarray(rng.integers(0, 48, (2, 3, 5)), jnp.int32),
-        jnp.asarray(where),
+        ((items[:, :2], where[:, :2]), (items[:, 2:, :4], where[:, 2:, :4])),
         jnp.asarray(rng.random((2, 3)), jnp.float32),
         jnp.asarray([[True, True, False], [True, False, True]]),
         jnp.asarray(rng.integers(0, 5, (2, 3)) / 4, jnp.float32),
@@ -38,11 +39,12 @@ def random_batch(seed=0):
 def test_a_logit_is_that_of_the_whole_prompt_alone():
     decoder, batch = make(LLAMA), random_batch()
     ranker = Ranker(decoder, label_ids=LABEL_IDS)
-    together = ranker(batch.prefix_tokens, batch.prefix_where, batch.item_tokens, batch.item_where)
+    together = ranker(batch.prefix_tokens, batch.prefix_where, *batch.items)
+    rows = [(tokens[:, c], where[:, c]) for tokens, where in batch.items for c in range(tokens.shape[1])]
     for q in range(2):
-        for c in range(3):
+        for c, (tokens, where) in enumerate(rows):
             prefix = batch.prefix_tokens[q][batch.prefix_where[q]]
-            item = batch.item_tokens[q, c][batch.item_where[q, c]]
+            item = tokens[q][where[q]]
             tokens = jnp.concatenate([prefix, item])[None]
             hidden = last_hidden(decoder(tokens), jnp.ones(tokens.shape, bool))
             yes, no = decoder.logits(hidden)[0, jnp.asarray(LABEL_IDS)]

@@ -71,7 +71,7 @@ def test_the_judge_learns_its_pairs_and_reports_agreement(world, tmp_path):
     report = json.loads((tmp_path / "report.json").read_text())
     assert report["test"]["pairs"] == 3 * 4
     assert report["test"]["weighted_kappa_low"] <= report["test"]["weighted_kappa"]
-    assert load_judge(tmp_path / "model").policy == "Grade 4 when it fits.\n"
+    assert load_judge(tmp_path / "model").policy == "Grade 4 when it fits."
 
 
 def test_labels_are_one_a_pair_and_say_whose_they_are(world, tmp_path):

@@ -17,6 +17,7 @@ from jaxsearch.data.batches import (
     CandidateSampler,
     allowed_in_batch,
     multiples,
+    pad_by_length,
     pad_tokens,
     shuffled,
     step_batches,
@@ -26,6 +27,7 @@ from jaxsearch.data.sources import load_collection
 from jaxsearch.data.tokenizer import Tokenizer
 from jaxsearch.data.verticals import Vertical, document_text, load_vertical
 from jaxsearch.encoder import Encoder, EncoderBatch, EncoderLoss, TextEncoder, save_encoder
+from jaxsearch.errors import InputError
 from jaxsearch.metrics import rank_metrics
 from jaxsearch.nn.convert import load_pretrained
 from train.loop import LoopConfig, OptimizerConfig, fit
@@ -110,17 +112,16 @@ class EncoderData:
             pad_id=self.pad_id,
             lengths=multiples(16, config.max_query_tokens),
         )
-        tokens, where = pad_tokens(
+        groups, place = pad_by_length(
             [self.document_tokens[key] for keys in documents for key in keys],
             pad_id=self.pad_id,
-            lengths=multiples(32, config.max_document_tokens),
+            lengths=multiples(16, config.max_document_tokens),
         )
-        shape = (len(query_ids), config.documents_per_query, -1)
         return EncoderBatch(
             query_tokens,
             query_where,
-            tokens.reshape(shape),
-            where.reshape(shape),
+            groups,
+            place.reshape(len(query_ids), -1),
             allowed_in_batch(self.sampler, query_ids, documents),
         )
 
@@ -140,6 +141,8 @@ def validation_metrics(
 
 
 def main(config: EncoderConfig, workdir: Path) -> None:
+    if config.optimizer.accumulate != 1:
+        raise InputError("the encoder's negatives are the whole batch: leave optimizer.accumulate at 1")
     collection = load_collection(config.collection, skip_bad_lines=config.skip_bad_lines)
     vertical = load_vertical(config.vertical)
     directory = resolve(config.backbone)

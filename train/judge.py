@@ -13,7 +13,7 @@ import numpy as np
 from flax import nnx
 
 from jaxsearch.data.assets import resolve
-from jaxsearch.data.batches import multiples, pad_tokens, shuffled, step_batches
+from jaxsearch.data.batches import multiples, pad_tokens, similar_length, step_batches
 from jaxsearch.data.sources import load_collection
 from jaxsearch.data.tokenizer import Tokenizer
 from jaxsearch.data.verticals import load_vertical
@@ -92,15 +92,16 @@ class JudgeData:
         encoded = judge.pairs(texts)
         self.policy_tokens = encoded.prefix
         self.items = encoded.items
+        self.lengths = [len(item) for item in self.items]
         self.targets = grade_targets(grades, smoothing=config.grade_smoothing)
         self.pad_id = judge.tokenizer.pad_id
         self.config = config
 
     def batch(self, step: int) -> JudgeBatch:
         config = self.config
-        rows = shuffled(len(self.items), config.batch_pairs, step, seed=config.seed)
+        rows = similar_length(self.lengths, config.batch_pairs, step, seed=config.seed)
         tokens, where = pad_tokens(
-            [self.items[i] for i in rows], pad_id=self.pad_id, lengths=multiples(32, config.max_item_tokens)
+            [self.items[i] for i in rows], pad_id=self.pad_id, lengths=multiples(16, config.max_item_tokens)
         )
         return JudgeBatch(tokens, where, self.targets[rows])
 

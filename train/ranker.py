@@ -132,16 +132,17 @@ class RankerData:
         rng = np.random.default_rng((config.seed, step))
         rows = shuffled(len(self.queries), config.batch_queries, step, seed=config.seed)
         query_ids = [self.queries[i] for i in rows]
-        lists = [self.candidates(key, rng) for key in query_ids]
         width = config.candidates_per_query
         shape = (len(query_ids), width)
         teacher, gold = np.zeros(shape, np.float32), np.zeros(shape, np.float32)
         teacher_where, gold_where = np.zeros(shape, bool), np.zeros(shape, bool)
-        items: list[Sequence[int]] = []
-        for i, (query_id, keys) in enumerate(zip(query_ids, lists, strict=True)):
-            items += [self.items[key] for key in keys] + [()] * (width - len(keys))
-            gold_where[i, : len(keys)] = config.use_gold
-            for j, key in enumerate(keys):
+        lists: list[list[Sequence[int]]] = []
+        for i, query_id in enumerate(query_ids):
+            keys = sorted(self.candidates(query_id, rng), key=lambda key: len(self.items[key]))
+            missing = width - len(keys)
+            lists.append([()] * missing + [self.items[key] for key in keys])
+            gold_where[i, missing:] = config.use_gold
+            for j, key in enumerate(keys, start=missing):
                 gold[i, j] = self.sampler.grade(query_id, key) / MAX_GRADE
                 if (query_id, key) in self.teacher:
                     teacher[i, j], teacher_where[i, j] = self.teacher[query_id, key], True
@@ -150,17 +151,25 @@ class RankerData:
             pad_id=self.pad_id,
             lengths=multiples(16, config.max_shared_tokens),
         )
-        tokens, where = pad_tokens(items, pad_id=self.pad_id, lengths=multiples(32, config.max_item_tokens))
         return RankerBatch(
-            prefix_tokens,
-            prefix_where,
-            tokens.reshape(*shape, -1),
-            where.reshape(*shape, -1),
-            teacher,
-            teacher_where,
-            gold,
-            gold_where,
+            prefix_tokens, prefix_where, self._groups(lists), teacher, teacher_where, gold, gold_where
         )
+
+    def _groups(self, lists: list[list[Sequence[int]]]) -> tuple[tuple[np.ndarray, np.ndarray], ...]:
+        """Each query's shorter candidates and its longest quarter apart, so that little is padded."""
+        width = self.config.candidates_per_query
+        cut = width - width // 4
+        groups = []
+        for part in ([items[:cut] for items in lists], [items[cut:] for items in lists]):
+            if part[0]:
+                tokens, where = pad_tokens(
+                    [item for items in part for item in items],
+                    pad_id=self.pad_id,
+                    lengths=multiples(16, self.config.max_item_tokens),
+                )
+                shape = (len(part), len(part[0]), -1)
+                groups.append((tokens.reshape(shape), where.reshape(shape)))
+        return tuple(groups)
 
 
 def rerank(

@@ -1,4 +1,4 @@
-"""The demo's table: every system on the test queries, the judge on 100 of them.
+"""The demo's table: every system on the test queries, the judge on 50 of them.
 
 Command: python -m train.evaluate --config configs/demo/evaluate.py --workdir work/demo/evaluate
          --set encoder=work/demo/encoder/model judge=work/demo/judge/model ranker=work/demo/ranker/model
@@ -11,7 +11,12 @@ from train.evaluate import EvaluateConfig
 
 def config() -> EvaluateConfig:
     return EvaluateConfig(
-        encoder="work/demo/encoder/model", judge="work/demo/judge/model", ranker="work/demo/ranker/model"
+        encoder="work/demo/encoder/model",
+        judge="work/demo/judge/model",
+        ranker="work/demo/ranker/model",
+        depth=10,
+        judge_queries=50,
+        validation_queries=40,
     )
 
 

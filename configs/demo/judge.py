@@ -1,4 +1,4 @@
-"""The demo's judge: SmolLM2-135M + LoRA on about 1,000 graded pairs of O*NET activities, short view.
+"""The demo's judge: SmolLM2-135M + LoRA on 640 graded pairs of O*NET activities, short view.
 
 Command: python -m train.judge --config configs/demo/judge.py --workdir work/demo/judge
 Time: about 5 minutes on two cores (quick: one minute).
@@ -11,7 +11,8 @@ from train.loop import LoopConfig, OptimizerConfig
 
 def config() -> JudgeConfig:
     return JudgeConfig(
-        loop=LoopConfig(num_steps=63),
+        check_queries=15,
+        loop=LoopConfig(num_steps=40),
         optimizer=OptimizerConfig(learning_rate=5e-4, warmup_steps=5),
     )
 

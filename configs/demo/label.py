@@ -1,4 +1,4 @@
-"""The demo's labels: the judge grades 2,480 pairs of 310 train queries.
+"""The demo's labels: the judge grades 1,280 pairs of 160 train queries.
 
 Command: python -m train.label --config configs/demo/label.py --workdir work/demo/label
          --set judge=work/demo/judge/model
@@ -10,7 +10,7 @@ from train.label import LabelConfig
 
 
 def config() -> LabelConfig:
-    return LabelConfig(judge="work/demo/judge/model")
+    return LabelConfig(judge="work/demo/judge/model", num_queries=160)
 
 
 def quick() -> LabelConfig:

@@ -1,9 +1,9 @@
-"""The demo's ranker: the first 12 layers of SmolLM2, 3,000 pairs, judge's labels + gold + list-wise term.
+"""The demo's ranker: the first 12 layers of SmolLM2, 2,048 pairs, judge's labels + gold + list-wise term.
 
 Command: python -m train.ranker --config configs/demo/ranker.py --workdir work/demo/ranker
          --set labels=work/demo/label retriever=work/demo/encoder/model
 Time: about 5 minutes on two cores (quick: one minute).
-Numbers: see report.json; 3,000 pairs do not reach the encoder, `configs/reference/ranker.py` is the real recipe.
+Numbers: see report.json; so few pairs do not reach the encoder, `configs/reference/ranker.py` is the real recipe.
 """
 
 from train.loop import LoopConfig, OptimizerConfig
@@ -14,7 +14,8 @@ def config() -> RankerConfig:
     return RankerConfig(
         labels="work/demo/label",
         retriever="work/demo/encoder/model",
-        loop=LoopConfig(num_steps=94),
+        check_queries=20,
+        loop=LoopConfig(num_steps=64),
         optimizer=OptimizerConfig(learning_rate=3e-4, warmup_steps=10),
     )
 

@@ -15,6 +15,7 @@ from jaxsearch.data.records import NUM_GRADES, Collection, Run
 from jaxsearch.errors import InputError
 
 Batch = TypeVar("Batch")
+Padded = tuple[Int[np.ndarray, "b t"], Bool[np.ndarray, "b t"]]
 
 
 def pad_tokens(
@@ -59,6 +60,43 @@ def shuffled(size: int, batch_size: int, step: int, *, seed: int) -> Int[np.ndar
     return np.array(
         [order[epoch][position % size] for epoch, position in zip(epochs, positions, strict=True)]
     )
+
+
+def similar_length(
+    lengths: Sequence[int], batch_size: int, step: int, *, seed: int, window: int = 16
+) -> Int[np.ndarray, "b"]:
+    """As `shuffled`, with rows of like length in a batch, so that little is padded.
+
+    `window` batches of the shuffled stream are sorted by length and cut anew, then taken in random order; every
+    index is drawn as often as there.
+    """
+    first = step - step % window
+    pool = np.concatenate([shuffled(len(lengths), batch_size, first + i, seed=seed) for i in range(window)])
+    by_length = pool[np.argsort(np.asarray(lengths)[pool], kind="stable")].reshape(window, batch_size)
+    return by_length[np.random.default_rng((seed, first)).permutation(window)[step - first]]
+
+
+def pad_by_length(
+    rows: Sequence[Sequence[int]], *, pad_id: int, lengths: Sequence[int], long_share: float = 0.25
+) -> tuple[tuple[Padded, ...], Int[np.ndarray, "n"]]:
+    """Pads the shorter rows and the `long_share` longest apart, since a few long rows would widen all.
+
+    Returns: (tokens, where) of both groups, and each row's place in their concatenation.
+    Example:
+        >>> groups, place = pad_by_length([[1, 1, 1], [2], [3], [4]], pad_id=0, lengths=(1, 3))
+        >>> [tokens.shape for tokens, _ in groups], place.tolist()
+        ([(3, 1), (1, 3)], [3, 0, 1, 2])
+    """
+    order = sorted(range(len(rows)), key=lambda i: len(rows[i]))
+    cut = len(rows) - round(len(rows) * long_share)
+    groups = tuple(
+        pad_tokens([rows[i] for i in part], pad_id=pad_id, lengths=lengths)
+        for part in (order[:cut], order[cut:])
+        if part
+    )
+    place = np.zeros(len(rows), np.int32)
+    place[order] = np.arange(len(rows))
+    return groups, place
 
 
 def step_batches(
