@@ -36,7 +36,7 @@ READY_SECONDS = 300
 
 @dataclasses.dataclass(frozen=True)
 class Stage:
-    """One launcher with its config. `inputs` maps config keys to paths inside the pipeline's workdir."""
+    """One launcher with its config. `inputs` are config values in which `{workdir}` is the pipeline's."""
 
     name: str
     launcher: str
@@ -67,7 +67,10 @@ def stage_command(stage: Stage, config: PipelineConfig, workdir: Path) -> list[s
     if config.is_quick:
         command.append("--quick")
     if stage.inputs:
-        command += ["--set", *(f"{key}={workdir / path}" for key, path in stage.inputs.items())]
+        command += [
+            "--set",
+            *(f"{key}={value.format(workdir=workdir)}" for key, value in stage.inputs.items()),
+        ]
     return command
 
 

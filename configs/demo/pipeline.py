@@ -16,7 +16,7 @@ CLOSING = (
 
 def stages(folder: str) -> tuple[Stage, ...]:
     """The path with the stage configs of `configs/<folder>`."""
-    models = {"encoder": "encoder/model", "judge": "judge/model", "ranker": "ranker/model"}
+    models = {name: f"{{workdir}}/{name}/model" for name in ("encoder", "judge", "ranker")}
     where = f"configs/{folder}"
     return (
         Stage(
@@ -45,7 +45,7 @@ def stages(folder: str) -> tuple[Stage, ...]:
             "train.ranker",
             f"{where}/ranker.py",
             "a cut SmolLM2 learns to rank from judge and grades",
-            {"labels": "label", "retriever": models["encoder"]},
+            {"labels": "{workdir}/label", "retriever": models["encoder"]},
         ),
         Stage("evaluate", "train.evaluate", f"{where}/evaluate.py", "how good each system is", models),
         Stage(
@@ -53,7 +53,7 @@ def stages(folder: str) -> tuple[Stage, ...]:
             "train.export",
             f"{where}/export.py",
             "everything that serving needs in one folder",
-            {"encoder": models["encoder"], "ranker": models["ranker"], "index": "index/index"},
+            {"encoder": models["encoder"], "ranker": models["ranker"], "index": "{workdir}/index/index"},
         ),
     )
 

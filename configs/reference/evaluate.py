@@ -1,0 +1,23 @@
+"""The reference table: every system on all test queries, the judge on 100 of them, rankers on the encoder's best 20.
+
+Command: python -m train.evaluate --config configs/reference/evaluate.py --workdir work/reference/evaluate
+         --set encoder=work/reference/encoder/model judge=work/reference/judge/model ranker=work/reference/ranker/model
+         other_rankers=judge-labels-only=work/reference/ranker_judge/model
+Time: about 14 minutes on two cores (quick: one minute, 8 queries).
+Numbers: the table is committed under docs/results once measured.
+"""
+
+from configs.demo import evaluate
+from train.evaluate import EvaluateConfig
+
+
+def config() -> EvaluateConfig:
+    return EvaluateConfig(
+        encoder="work/reference/encoder/model",
+        judge="work/reference/judge/model",
+        ranker="work/reference/ranker/model",
+    )
+
+
+def quick() -> EvaluateConfig:
+    return evaluate.quick()

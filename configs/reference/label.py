@@ -1,0 +1,18 @@
+"""The reference labels: the judge grades 3,840 pairs of 480 train queries.
+
+Command: python -m train.label --config configs/reference/label.py --workdir work/reference/label
+         --set judge=work/reference/judge/model
+Time: about 6 minutes on two cores (quick: 10 seconds).
+Numbers: none; the row of the ranker trained on these labels alone says what they are worth.
+"""
+
+from configs.demo import label
+from train.label import LabelConfig
+
+
+def config() -> LabelConfig:
+    return LabelConfig(judge="work/reference/judge/model", num_queries=480)
+
+
+def quick() -> LabelConfig:
+    return label.quick()

@@ -1,0 +1,27 @@
+"""The reference ranker without any gold: the judge's labels alone, to see what they carry.
+
+Command: python -m train.ranker --config configs/reference/ranker_judge.py --workdir work/reference/ranker_judge
+         --set labels=work/reference/label retriever=work/reference/encoder/model
+Time: about 9 minutes on two cores (quick: one minute); 4,800 pairs.
+Numbers: in docs/results once measured.
+"""
+
+import dataclasses
+
+from configs.demo import ranker
+from train.loop import LoopConfig
+from train.ranker import RankerConfig
+
+
+def config() -> RankerConfig:
+    return dataclasses.replace(
+        ranker.config(),
+        labels="work/reference/label",
+        retriever="work/reference/encoder/model",
+        use_gold=False,
+        loop=LoopConfig(num_steps=150, checkpoint_every=75),
+    )
+
+
+def quick() -> RankerConfig:
+    return dataclasses.replace(ranker.quick(), use_gold=False)
