@@ -23,15 +23,14 @@ from jaxsearch.data.batches import (
     step_batches,
 )
 from jaxsearch.data.records import Collection, Query, Run
-from jaxsearch.data.sources import load_collection
 from jaxsearch.data.tokenizer import Tokenizer
-from jaxsearch.data.verticals import Vertical, document_text, load_vertical
+from jaxsearch.data.verticals import Vertical, document_text
 from jaxsearch.encoder import Encoder, EncoderBatch, EncoderLoss, TextEncoder, save_encoder
 from jaxsearch.errors import InputError
 from jaxsearch.metrics import rank_metrics
 from jaxsearch.nn.convert import load_pretrained
+from train.inputs import load_data, mine, seen_qrels
 from train.loop import LoopConfig, OptimizerConfig, fit
-from train.mining import mine, seen_qrels
 from train.options import run, write_json
 
 
@@ -143,8 +142,7 @@ def validation_metrics(
 def main(config: EncoderConfig, workdir: Path) -> None:
     if config.optimizer.accumulate != 1:
         raise InputError("the encoder's negatives are the whole batch: leave optimizer.accumulate at 1")
-    collection = load_collection(config.collection, skip_bad_lines=config.skip_bad_lines)
-    vertical = load_vertical(config.vertical)
+    collection, vertical = load_data(config)
     directory = resolve(config.backbone)
     encoder = Encoder(load_pretrained(directory, dtype=config.dtype), pooling=config.pooling)
     tokenizer = Tokenizer.from_path(directory)

@@ -18,8 +18,7 @@ import numpy as np
 import rich.console
 
 from jaxsearch.data.records import Collection, Qrels, Query, Run
-from jaxsearch.data.sources import load_collection
-from jaxsearch.data.verticals import Vertical, load_vertical
+from jaxsearch.data.verticals import Vertical
 from jaxsearch.encoder import TextEncoder
 from jaxsearch.errors import InputError
 from jaxsearch.judge import load_judge
@@ -30,8 +29,8 @@ from jaxsearch.retrieval.exact import ExactIndex
 from jaxsearch.retrieval.fusion import FittedWeight, fit_weight, weighted_fusion
 from jaxsearch.retrieval.lexical import Bm25Index
 from train import report
+from train.inputs import load_data, load_retriever, offline_scorer
 from train.label import label_pairs
-from train.mining import load_retriever, offline_scorer
 from train.options import progress, run, write_json
 from train.ranker import rerank
 
@@ -57,6 +56,8 @@ class EvaluateConfig:
     """Asset, hub name or folder of the encoder that the row `minilm` shows untuned."""
     collection: str = "onet_activities"
     """A built-in collection or the folder of your own (BEIR, JSONL, Parquet)."""
+    skip_bad_lines: bool = False
+    """Leave out the collection's bad lines, counted, instead of stopping with a list of them."""
     vertical: str = "configs/verticals/onet_activities"
     """Folder with fields, views, policy and prompts."""
     view: str = "short"
@@ -310,9 +311,8 @@ def notes_of(
 
 
 def main(config: EvaluateConfig, workdir: Path) -> None:
-    vertical = load_vertical(config.vertical)
+    collection, vertical = load_data(config)
     others = check(config, vertical)
-    collection = load_collection(config.collection)
     queries = draw(collection.split(config.split), config.num_queries, config.seed)
     if not queries:
         raise InputError(f"{collection.name} has no queries in split {config.split!r}")

@@ -18,13 +18,12 @@ import rich.console
 from jaxsearch.bundle import write_bundle
 from jaxsearch.calibration import IsotonicMap, calibration_error, fit_isotonic
 from jaxsearch.data.records import Collection, Query, Run
-from jaxsearch.data.sources import load_collection
-from jaxsearch.data.verticals import Vertical, load_vertical
+from jaxsearch.data.verticals import Vertical
 from jaxsearch.encoder import load_encoder
 from jaxsearch.errors import InputError
 from jaxsearch.ranker import load_ranker
 from jaxsearch.retrieval.exact import ExactIndex
-from train.mining import mine, offline_scorer
+from train.inputs import load_data, mine, offline_scorer
 from train.options import run, write_json
 from train.ranker import rerank
 
@@ -43,6 +42,8 @@ class ExportConfig:
     """Folder of the exact index, made by train.index with this encoder."""
     collection: str = "onet_activities"
     """A built-in collection or the folder of your own (BEIR, JSONL, Parquet); its documents are searched."""
+    skip_bad_lines: bool = False
+    """Leave out the collection's bad lines, counted, instead of stopping with a list of them."""
     vertical: str = "configs/verticals/onet_activities"
     """Folder with fields, views, policy and prompts."""
     lexical_view: str = "full"
@@ -135,8 +136,7 @@ def model_card(config: ExportConfig, collection: Collection, facts: dict[str, An
 
 
 def main(config: ExportConfig, workdir: Path) -> None:
-    collection = load_collection(config.collection)
-    vertical = load_vertical(config.vertical)
+    collection, vertical = load_data(config)
     index = load_index(config, collection)
     ranker = load_ranker(config.ranker)
     queries = collection.split("validation")

@@ -14,12 +14,10 @@ from typing import Literal
 import numpy as np
 import rich.console
 
-from jaxsearch.data.sources import load_collection
-from jaxsearch.data.verticals import load_vertical
 from jaxsearch.retrieval.exact import ExactIndex
 from jaxsearch.retrieval.lexical import Bm25Index
 from jaxsearch.retrieval.scann import ScannIndex
-from train.mining import load_retriever
+from train.inputs import load_data, load_retriever
 from train.options import progress, run
 
 TEXTS_AT_ONCE = 512
@@ -35,6 +33,8 @@ class IndexConfig:
     """Asset, hub name or folder of the encoder."""
     collection: str = "onet_activities"
     """A built-in collection or the folder of your own (BEIR, JSONL, Parquet)."""
+    skip_bad_lines: bool = False
+    """Leave out the collection's bad lines, counted, instead of stopping with a list of them."""
     vertical: str = "configs/verticals/onet_activities"
     """Folder with fields and views."""
     view: str = "short"
@@ -43,8 +43,7 @@ class IndexConfig:
 
 def build_index(config: IndexConfig) -> ExactIndex | ScannIndex | Bm25Index:
     """The index in memory, its metadata filled in."""
-    collection = load_collection(config.collection)
-    vertical = load_vertical(config.vertical)
+    collection, vertical = load_data(config)
     ids = list(collection.documents)
     texts = [vertical.document_text(document, config.view) for document in collection.documents.values()]
     metadata = {"collection": collection.name, "data": collection.fingerprint(), "view": config.view}

@@ -14,9 +14,7 @@ from flax import nnx
 
 from jaxsearch.data.assets import resolve
 from jaxsearch.data.batches import multiples, pad_tokens, similar_length, step_batches
-from jaxsearch.data.sources import load_collection
 from jaxsearch.data.tokenizer import Tokenizer
-from jaxsearch.data.verticals import load_vertical
 from jaxsearch.errors import InputError
 from jaxsearch.judge import (
     JudgeBatch,
@@ -33,8 +31,8 @@ from jaxsearch.nn.convert import load_pretrained
 from jaxsearch.nn.lora import LoRAParam, add_lora, merge_lora
 from jaxsearch.nn.transformer import Decoder
 from jaxsearch.scoring.prefill import ScoreRequest
+from train.inputs import load_data, load_retriever, offline_scorer, pair_texts, sample_pairs
 from train.loop import LoopConfig, OptimizerConfig, fit
-from train.mining import load_retriever, offline_scorer, pair_texts, sample_pairs
 from train.options import run, write_json
 
 
@@ -125,8 +123,7 @@ def agreement(
 
 
 def main(config: JudgeConfig, workdir: Path) -> None:
-    collection = load_collection(config.collection, skip_bad_lines=config.skip_bad_lines)
-    vertical = load_vertical(config.vertical)
+    collection, vertical = load_data(config)
     base = resolve(config.base)
     decoder = load_pretrained(base, dtype=config.dtype, use_remat=config.use_remat)
     if not isinstance(decoder, Decoder):

@@ -17,12 +17,12 @@ from pathlib import Path
 import numpy as np
 
 from jaxsearch.data.records import Collection
-from jaxsearch.data.sources import load_collection, read_pairs
-from jaxsearch.data.verticals import Vertical, load_vertical
+from jaxsearch.data.sources import read_pairs
+from jaxsearch.data.verticals import Vertical
 from jaxsearch.errors import InputError
 from jaxsearch.judge import TextJudge, expected_grade, grade_probs, load_judge, soft_label
 from jaxsearch.scoring.prefill import PrefillScorer, ScoreRequest
-from train.mining import load_retriever, offline_scorer, pair_texts, sample_pairs
+from train.inputs import load_data, load_retriever, offline_scorer, pair_texts, sample_pairs
 from train.options import progress, run, write_json
 
 
@@ -136,8 +136,7 @@ def claim_folder(workdir: Path, identity: dict[str, str | int]) -> None:
 
 
 def main(config: LabelConfig, workdir: Path) -> None:
-    collection = load_collection(config.collection, skip_bad_lines=config.skip_bad_lines)
-    vertical = load_vertical(config.vertical)
+    collection, vertical = load_data(config)
     judge = load_judge(config.judge)
     if config.pairs:
         pairs = list(dict.fromkeys(read_pairs(config.pairs)))

@@ -60,7 +60,7 @@ def run(
     ).parse_args(argv)
     try:
         config = load_config(arguments.config, quick=arguments.quick, config_type=config_type)
-        config = override(config, arguments.set)
+        config = override(config, [*arguments.set, *(["skip_bad_lines=true"] * arguments.skip_bad_lines)])
         if arguments.print_config:
             print("\n".join(f"{key}={value}" for key, value in describe(config).items()))
             return
@@ -238,6 +238,7 @@ def _parser(config_type: type, default_config: str | None, about: str) -> argpar
         default=[],
         help="override a field of the config",
     )
+    parser.add_argument("--skip-bad-lines", action="store_true", help="short for --set skip_bad_lines=true")
     parser.add_argument("--print-config", action="store_true", help="print the config and stop")
     return parser
 

@@ -25,9 +25,8 @@ from jaxsearch.data.batches import (
     step_batches,
 )
 from jaxsearch.data.records import MAX_GRADE, Collection, Run
-from jaxsearch.data.sources import load_collection
 from jaxsearch.data.tokenizer import Tokenizer
-from jaxsearch.data.verticals import Vertical, document_text, load_vertical
+from jaxsearch.data.verticals import Vertical, document_text
 from jaxsearch.encoder import TextEncoder
 from jaxsearch.errors import InputError
 from jaxsearch.metrics import rank_metrics
@@ -36,9 +35,9 @@ from jaxsearch.nn.pruning import keep_layers
 from jaxsearch.nn.transformer import Decoder
 from jaxsearch.ranker import Ranker, RankerBatch, RankerLoss, TextRanker, new_ranker, save_ranker
 from jaxsearch.scoring.prefill import PrefillScorer, ScoreRequest
+from train.inputs import load_data, load_retriever, mine, offline_scorer, seen_qrels
 from train.label import Label, read_labels
 from train.loop import LoopConfig, OptimizerConfig, fit
-from train.mining import load_retriever, mine, offline_scorer, seen_qrels
 from train.options import run, write_json
 
 
@@ -140,7 +139,7 @@ class RankerData:
         for i, query_id in enumerate(query_ids):
             keys = sorted(self.candidates(query_id, rng), key=lambda key: len(self.items[key]))
             missing = width - len(keys)
-            lists.append([()] * missing + [self.items[key] for key in keys])
+            lists.append([*[()] * missing, *(self.items[key] for key in keys)])
             gold_where[i, missing:] = config.use_gold
             for j, key in enumerate(keys, start=missing):
                 gold[i, j] = self.sampler.grade(query_id, key) / MAX_GRADE
@@ -230,8 +229,7 @@ def is_trained(use_frozen_embeddings: bool):
 
 
 def main(config: RankerConfig, workdir: Path) -> None:
-    collection = load_collection(config.collection, skip_bad_lines=config.skip_bad_lines)
-    vertical = load_vertical(config.vertical)
+    collection, vertical = load_data(config)
     base = resolve(config.base)
     decoder = load_pretrained(base, dtype=config.dtype, use_remat=config.use_remat)
     if not isinstance(decoder, Decoder):

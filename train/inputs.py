@@ -1,22 +1,48 @@
-"""Candidates from a retriever: hard negatives for training, pairs worth labelling.
+"""What launchers start from: the collection, candidates that a retriever finds, pairs, a scorer.
 
 Mined runs are a function of the encoder folder and the view; nothing is cached, since embedding is the cheap stage.
 """
 
+import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Protocol
 
 import numpy as np
 
 from jaxsearch.data.assets import resolve
 from jaxsearch.data.batches import CandidateSampler, multiples
 from jaxsearch.data.records import Collection, Qrels, Query, Run
-from jaxsearch.data.verticals import Vertical, document_text
+from jaxsearch.data.sources import load_collection
+from jaxsearch.data.verticals import Vertical, document_text, load_vertical
 from jaxsearch.encoder import TextEncoder, load_encoder
 from jaxsearch.judge import TextJudge
 from jaxsearch.metrics import restrict
 from jaxsearch.ranker import TextRanker
 from jaxsearch.scoring.prefill import PrefillScorer
+
+
+class DataConfig(Protocol):
+    """The fields that every launcher's config has for its data."""
+
+    @property
+    def collection(self) -> str: ...
+    @property
+    def vertical(self) -> str: ...
+    @property
+    def skip_bad_lines(self) -> bool: ...
+
+
+def load_data(config: DataConfig) -> tuple[Collection, Vertical]:
+    """The collection and the vertical of a config; says on the console what was left out of the collection.
+
+    Raises: InputError for bad lines (all of them, unless they are skipped), or a vertical that is not whole.
+    """
+    vertical = load_vertical(config.vertical)
+    collection = load_collection(config.collection, skip_bad_lines=config.skip_bad_lines)
+    if "left out" in collection.notice:
+        print(f"{collection.name}: {collection.notice}", file=sys.stderr)
+    return collection, vertical
 
 
 def load_retriever(name_or_path: str | Path) -> TextEncoder:
