@@ -57,6 +57,7 @@ clean:  ## removes the environments; the cache and the work directories stay
 
 $(READY): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
+	$(VENV)/bin/python -m pip install -q --upgrade 'pip>=25.1'  # resumes broken downloads
 	$(VENV)/bin/python -m pip install $(PIP_ARGS) $(PINS) -e '.[all,dev]'
 	touch $@
 

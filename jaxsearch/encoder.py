@@ -166,9 +166,10 @@ class TextEncoder:
         return self._encode(texts, self.max_document_tokens)
 
     def _encode(self, texts: Sequence[str], maximum: int) -> list[list[int]]:
-        """Cut to `maximum`, the closing special token kept."""
+        """Cut to `maximum`, the closing special token (where the tokenizer has one) kept."""
         rows = self.tokenizer.encode_batch(texts, special=True)
-        return [row if len(row) <= maximum else [*row[: maximum - 1], row[-1]] for row in rows]
+        closing = self.tokenizer.encode_batch([""], special=True)[0][-1:]
+        return [row if len(row) <= maximum else [*row[: maximum - len(closing)], *closing] for row in rows]
 
     @staticmethod
     def _lengths(maximum: int) -> tuple[int, ...]:

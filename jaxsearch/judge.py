@@ -93,6 +93,16 @@ def expected_grade(probs: Float[np.ndarray, "*b 5"]) -> Float[np.ndarray, "*b"]:
     return np.asarray(probs @ np.arange(NUM_GRADES, dtype=probs.dtype))
 
 
+def predicted_grade(probs: Float[np.ndarray, "*b 5"]) -> Int[np.ndarray, "*b"]:
+    """The whole grade nearest to the expected one: what agreement is measured on.
+
+    Example:
+        >>> int(predicted_grade(np.array([0.1, 0.1, 0.1, 0.3, 0.4])))
+        3
+    """
+    return np.asarray(np.rint(expected_grade(probs)), np.int64)
+
+
 def soft_label(probs: Float[np.ndarray, "*b 5"]) -> Float[np.ndarray, "*b"]:
     """Expected grade as a relevance in [0, 1]: what the ranker is distilled from."""
     return np.asarray(expected_grade(probs) / MAX_GRADE)

@@ -93,18 +93,24 @@ class RankerLoss:
         listwise = losses.listwise_softmax(logits, gains, where=use_gold | use_teacher)
         count = jnp.asarray(logits.shape[0], jnp.float32)
         per_query = (
-            self.teacher_weight * teacher.mean(axis=-1)
-            + self.gold_weight * gold.mean(axis=-1)
+            self.teacher_weight * _mean(teacher, batch.teacher_where)
+            + self.gold_weight * _mean(gold, batch.gold_where)
             + self.list_weight * listwise
         )
         tokens = batch.prefix_where.sum() + sum(where.sum() for _, where in batch.items)
         metrics = {
-            "teacher": teacher.mean(),
-            "gold": gold.mean(),
+            "teacher": _mean(teacher, batch.teacher_where).mean(),
+            "gold": _mean(gold, batch.gold_where).mean(),
             "listwise": listwise.mean(),
+            "labelled_share": batch.teacher_where.mean(dtype=jnp.float32),
             "tokens": tokens.astype(jnp.float32),
         }
         return per_query.sum(), count, metrics
+
+
+def _mean(values: Array, where: Array) -> Array:
+    """Mean over the candidates that count; 0 where none does."""
+    return values.sum(axis=-1) / jnp.maximum(where.sum(axis=-1), 1).astype(values.dtype)
 
 
 class TextRanker:

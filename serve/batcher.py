@@ -89,11 +89,6 @@ class Batcher:
         """Moving average of the drain rate while busy; None before the first step."""
         return self._tokens_per_second
 
-    def check_room(self, tokens: int) -> None:
-        """Raises QueueFull when a job of `tokens` would not be taken now."""
-        with self._wake:
-            self._check_room(tokens)
-
     def submit(
         self, steps: Steps, tokens: int, *, deadline: float | None = None
     ) -> concurrent.futures.Future:

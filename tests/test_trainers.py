@@ -109,7 +109,7 @@ def test_two_judges_are_never_mixed(world, tmp_path):
     other = load_judge(world["judge"])
     other.policy = "Another policy."
     save_judge(tmp_path / "other", other, trained={})
-    with pytest.raises(InputError, match="judge_version"):
+    with pytest.raises(InputError, match="judge"):
         labeller.main(label_config(world, judge=str(tmp_path / "other")), tmp_path / "labels")
 
 

@@ -42,6 +42,8 @@ class Stage:
     launcher: str
     config: str
     says: str
+    leaves: str = ""
+    """A path in the stage's folder that only a finished run leaves."""
     inputs: dict[str, str] = dataclasses.field(default_factory=dict)
 
 
@@ -60,6 +62,8 @@ class PipelineConfig:
     """Of the server that answers; 0 takes a free one."""
     closing: str = ""
     """What the budget of this pipeline can and cannot show."""
+    advice: str = ""
+    """A further command worth trying."""
 
 
 def stage_command(stage: Stage, config: PipelineConfig, workdir: Path) -> list[str]:
@@ -74,24 +78,26 @@ def stage_command(stage: Stage, config: PipelineConfig, workdir: Path) -> list[s
     return command
 
 
-def fingerprint(command: list[str]) -> str:
-    """Of the command and everything in the config that it resolves to."""
+def fingerprint(command: list[str], before: str) -> str:
+    """Of the command, everything in the config that it resolves to, and the stages `before` it."""
     shown = subprocess.run(
         [sys.executable, *command, "--print-config"], capture_output=True, text=True, check=False
     )
     if shown.returncode:
         raise InputError(f"python {' '.join(command)} cannot start: {shown.stderr.strip()[-600:]}")
-    return hashlib.sha256("\n".join([*command, shown.stdout]).encode()).hexdigest()[:12]
+    return hashlib.sha256("\n".join([before, *command, shown.stdout]).encode()).hexdigest()[:12]
 
 
-def run_stage(stage: Stage, config: PipelineConfig, workdir: Path, console: rich.console.Console) -> float:
-    """Runs a stage unless it is done; returns its seconds (0 when it was done before).
+def run_stage(
+    stage: Stage, config: PipelineConfig, workdir: Path, before: str, console: rich.console.Console
+) -> tuple[str, float]:
+    """Runs a stage unless it is done; returns its fingerprint and its seconds (0 when it was done before).
 
     Raises: InputError when it fails, or was done with another config.
     """
     command = stage_command(stage, config, workdir)
     marker = workdir / stage.name / "stage.json"
-    identity = fingerprint(command)
+    identity = fingerprint(command, before)
     if marker.exists():
         if json.loads(marker.read_text())["config"] != identity:
             raise InputError(
@@ -99,7 +105,7 @@ def run_stage(stage: Stage, config: PipelineConfig, workdir: Path, console: rich
                 "stages after it, or choose another --workdir"
             )
         console.print(f"[green]done before[/]  {stage.name}")
-        return 0.0
+        return identity, 0.0
     console.rule(f"[bold]{stage.name}[/] · {stage.says}", align="left")
     console.print(f"[dim]python {' '.join(command)}[/]", highlight=False, soft_wrap=True)
     started = time.monotonic()
@@ -108,9 +114,13 @@ def run_stage(stage: Stage, config: PipelineConfig, workdir: Path, console: rich
         raise InputError(
             f"stage {stage.name} failed (exit {status}); mend what it says above, then repeat the command"
         )
+    if stage.leaves and not (workdir / stage.name / stage.leaves).exists():
+        raise InputError(
+            f"stage {stage.name} was stopped before it was finished; the same command goes on with it"
+        )
     seconds = time.monotonic() - started
     write_json(marker, {"config": identity, "seconds": round(seconds, 1)})
-    return seconds
+    return identity, seconds
 
 
 @contextlib.contextmanager
@@ -184,9 +194,9 @@ def next_steps(console: rich.console.Console, config: PipelineConfig, workdir: P
         f"make serve BUNDLE={workdir / config.bundle}",
         'curl -s localhost:8000/v1/search -d \'{"query": "Repair aircraft engines", "top_k": 3}\' '
         "-H 'Content-Type: application/json'",
-        "make reference   # the real recipe",
+        config.advice,
     ]
-    for line in lines:
+    for line in filter(None, lines):
         console.print(f"  {line}", highlight=False, soft_wrap=True)
 
 
@@ -196,7 +206,9 @@ def main(config: PipelineConfig, workdir: Path) -> None:
         raise InputError(f"{workdir} has less than 6 GB free: choose another --workdir")
     console.print(f"[bold]{config.title}[/]\n{len(config.stages)} stages, work in {workdir}", highlight=False)
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
-    spent = {stage.name: run_stage(stage, config, workdir, console) for stage in config.stages}
+    spent, before = {}, ""
+    for stage in config.stages:
+        before, spent[stage.name] = run_stage(stage, config, workdir, before, console)
     answer: dict[str, Any] | None = None
     if config.bundle:
         console.rule("[bold]ask the server[/]", align="left")

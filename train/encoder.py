@@ -31,7 +31,7 @@ from jaxsearch.metrics import rank_metrics
 from jaxsearch.nn.convert import load_pretrained
 from train.inputs import load_data, mine, seen_qrels
 from train.loop import LoopConfig, OptimizerConfig, fit
-from train.options import run, write_json
+from train.options import claim, run, write_json
 
 
 @dataclasses.dataclass(frozen=True)
@@ -86,6 +86,8 @@ class EncoderData:
         self.config = config
         self.sampler = CandidateSampler(collection, threshold=vertical.relevant_threshold, mined=mined)
         self.queries = [query.id for query in collection.split("train") if self.sampler.positives(query.id)]
+        if not self.queries:
+            raise InputError("no train query has a relevant seen document: there is nothing to learn from")
         encoded = encoder.encode_queries([collection.queries[key].text for key in self.queries])
         self.query_tokens = dict(zip(self.queries, encoded, strict=True))
         fields = vertical.views[config.view]
@@ -109,12 +111,12 @@ class EncoderData:
         query_tokens, query_where = pad_tokens(
             [self.query_tokens[key] for key in query_ids],
             pad_id=self.pad_id,
-            lengths=multiples(16, config.max_query_tokens),
+            lengths=multiples(32, config.max_query_tokens),
         )
         groups, place = pad_by_length(
             [self.document_tokens[key] for keys in documents for key in keys],
             pad_id=self.pad_id,
-            lengths=multiples(16, config.max_document_tokens),
+            lengths=multiples(32, config.max_document_tokens),
         )
         return EncoderBatch(
             query_tokens,
@@ -142,7 +144,10 @@ def validation_metrics(
 def main(config: EncoderConfig, workdir: Path) -> None:
     if config.optimizer.accumulate != 1:
         raise InputError("the encoder's negatives are the whole batch: leave optimizer.accumulate at 1")
-    collection, vertical = load_data(config)
+    if config.documents_per_query < 2:
+        raise InputError("documents_per_query must be at least 2: a positive and a negative")
+    collection, vertical = load_data(config, needs=("train", "validation"))
+    claim(workdir, config, data=collection.fingerprint())
     directory = resolve(config.backbone)
     encoder = Encoder(load_pretrained(directory, dtype=config.dtype), pooling=config.pooling)
     tokenizer = Tokenizer.from_path(directory)

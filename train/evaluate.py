@@ -21,13 +21,14 @@ from jaxsearch.data.records import Collection, Qrels, Query, Run
 from jaxsearch.data.verticals import Vertical
 from jaxsearch.encoder import TextEncoder
 from jaxsearch.errors import InputError
-from jaxsearch.judge import load_judge
+from jaxsearch.judge import load_judge, predicted_grade
 from jaxsearch.metrics import kappa_interval, restrict
-from jaxsearch.ranker import load_ranker
+from jaxsearch.ranker import TextRanker, load_ranker
 from jaxsearch.retrieval import to_run
 from jaxsearch.retrieval.exact import ExactIndex
 from jaxsearch.retrieval.fusion import FittedWeight, fit_weight, weighted_fusion
 from jaxsearch.retrieval.lexical import Bm25Index
+from jaxsearch.scoring.prefill import PrefillScorer
 from train import report
 from train.inputs import load_data, load_retriever, offline_scorer
 from train.label import label_pairs
@@ -90,6 +91,7 @@ class Stage:
         self.vertical = vertical
         self.document_ids = list(collection.documents)
         self._encoders: dict[str, tuple[TextEncoder, ExactIndex]] = {}
+        self._rankers: dict[str, tuple[TextRanker, PrefillScorer]] = {}
 
     def texts(self, view: str) -> list[str]:
         return [
@@ -117,8 +119,10 @@ class Stage:
 
     def rerank(self, folder: str, candidates: Run, description: str) -> Run:
         """A ranker's scores of the candidates."""
-        ranker = load_ranker(folder)
-        scorer = offline_scorer(ranker)
+        if folder not in self._rankers:
+            ranker = load_ranker(folder)
+            self._rankers[folder] = ranker, offline_scorer(ranker)
+        ranker, scorer = self._rankers[folder]
         return in_parts(
             candidates, description, lambda part: rerank(ranker, scorer, self.collection, self.vertical, part)
         )
@@ -140,7 +144,7 @@ class Stage:
 
         graded = in_parts(candidates, "judge", grade)
         kappa = kappa_interval(
-            [int(np.argmax(label.grade_probs)) for label in labels],
+            predicted_grade(np.array([label.grade_probs for label in labels])),
             [self.collection.grade(label.query_id, label.document_id) for label in labels],
             groups=[label.query_id for label in labels],
             num_samples=self.config.num_samples,

@@ -16,6 +16,7 @@ from jaxsearch.data.records import Collection, Qrels, Query, Run
 from jaxsearch.data.sources import load_collection
 from jaxsearch.data.verticals import Vertical, document_text, load_vertical
 from jaxsearch.encoder import TextEncoder, load_encoder
+from jaxsearch.errors import InputError
 from jaxsearch.judge import TextJudge
 from jaxsearch.metrics import restrict
 from jaxsearch.ranker import TextRanker
@@ -33,13 +34,20 @@ class DataConfig(Protocol):
     def skip_bad_lines(self) -> bool: ...
 
 
-def load_data(config: DataConfig) -> tuple[Collection, Vertical]:
+def load_data(config: DataConfig, *, needs: Sequence[str] = ()) -> tuple[Collection, Vertical]:
     """The collection and the vertical of a config; says on the console what was left out of the collection.
 
-    Raises: InputError for bad lines (all of them, unless they are skipped), or a vertical that is not whole.
+    Args: `needs` are the splits that must have queries.
+    Raises: InputError for bad lines (all of them, unless they are skipped), a vertical that is not whole, or an
+        empty split.
     """
     vertical = load_vertical(config.vertical)
     collection = load_collection(config.collection, skip_bad_lines=config.skip_bad_lines)
+    if empty := [split for split in needs if not collection.split(split)]:
+        raise InputError(
+            f"{collection.name} has no queries in {' and '.join(empty)}: give them a split (train, validation, test), "
+            "or leave the split out everywhere to have one made"
+        )
     if "left out" in collection.notice:
         print(f"{collection.name}: {collection.notice}", file=sys.stderr)
     return collection, vertical

@@ -20,10 +20,10 @@ from jaxsearch.judge import (
     JudgeBatch,
     JudgeLoss,
     TextJudge,
-    expected_grade,
     grade_probs,
     grade_targets,
     new_judge,
+    predicted_grade,
     save_judge,
 )
 from jaxsearch.metrics import kappa_interval
@@ -33,7 +33,7 @@ from jaxsearch.nn.transformer import Decoder
 from jaxsearch.scoring.prefill import ScoreRequest
 from train.inputs import load_data, load_retriever, offline_scorer, pair_texts, sample_pairs
 from train.loop import LoopConfig, OptimizerConfig, fit
-from train.options import run, write_json
+from train.options import claim, run, write_json
 
 
 @dataclasses.dataclass(frozen=True)
@@ -99,7 +99,7 @@ class JudgeData:
         config = self.config
         rows = similar_length(self.lengths, config.batch_pairs, step, seed=config.seed)
         tokens, where = pad_tokens(
-            [self.items[i] for i in rows], pad_id=self.pad_id, lengths=multiples(16, config.max_item_tokens)
+            [self.items[i] for i in rows], pad_id=self.pad_id, lengths=multiples(32, config.max_item_tokens)
         )
         return JudgeBatch(tokens, where, self.targets[rows])
 
@@ -111,7 +111,7 @@ def agreement(
     encoded = judge.pairs(texts)
     scorer = offline_scorer(judge)
     logits = scorer.score([ScoreRequest(encoded.prefix, encoded.items)])[0]
-    predicted = np.rint(expected_grade(grade_probs(logits))).astype(int)
+    predicted = predicted_grade(grade_probs(logits))
     kappa = kappa_interval(grades, predicted, groups=groups)
     return {
         "weighted_kappa": kappa.value,
@@ -123,7 +123,8 @@ def agreement(
 
 
 def main(config: JudgeConfig, workdir: Path) -> None:
-    collection, vertical = load_data(config)
+    collection, vertical = load_data(config, needs=("train", "validation", "test"))
+    claim(workdir, config, data=collection.fingerprint())
     base = resolve(config.base)
     decoder = load_pretrained(base, dtype=config.dtype, use_remat=config.use_remat)
     if not isinstance(decoder, Decoder):

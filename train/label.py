@@ -23,7 +23,7 @@ from jaxsearch.errors import InputError
 from jaxsearch.judge import TextJudge, expected_grade, grade_probs, load_judge, soft_label
 from jaxsearch.scoring.prefill import PrefillScorer, ScoreRequest
 from train.inputs import load_data, load_retriever, offline_scorer, pair_texts, sample_pairs
-from train.options import progress, run, write_json
+from train.options import claim, progress, run, write_json
 
 
 @dataclasses.dataclass(frozen=True)
@@ -87,10 +87,11 @@ def label_pairs(
     ]
 
 
-def read_labels(directory: str | Path) -> list[Label]:
-    """All labels of a finished or unfinished label folder, in shard order.
+def read_labels(directory: str | Path, *, data: str | None = None) -> list[Label]:
+    """All labels of a folder, in shard order.
 
-    Raises: InputError when there are none, or when two judges' labels are mixed.
+    Args: `data` is the fingerprint of the collection that they must have been made from.
+    Raises: InputError when there are none or not yet all, when two judges' labels are mixed, or for other data.
     """
     paths = sorted(Path(directory).glob("labels-*.jsonl"))
     if not paths:
@@ -102,6 +103,15 @@ def read_labels(directory: str | Path) -> list[Label]:
         for line in path.read_text(encoding="utf-8").splitlines():
             row = json.loads(line)
             labels.append(Label(**{**row, "grade_probs": tuple(row["grade_probs"])}))
+    stated = json.loads((Path(directory) / "labels.json").read_text(encoding="utf-8"))
+    if len(labels) != stated["num_pairs"]:
+        raise InputError(
+            f"{directory} holds {len(labels)} of {stated['num_pairs']} labels: repeat its python -m train.label command"
+        )
+    if data is not None and stated["data"] != data:
+        raise InputError(
+            f"{directory} was labelled on other data ({stated['data']}, not {data}): label again"
+        )
     versions = {(label.judge_version, label.prompt_hash) for label in labels}
     if len(versions) > 1:
         raise InputError(
@@ -120,26 +130,11 @@ def write_shard(path: Path, labels: Sequence[Label]) -> None:
     os.replace(temporary, path)
 
 
-def claim_folder(workdir: Path, identity: dict[str, str | int]) -> None:
-    """Refuses to mix two judges, prompts, pair lists or shard sizes in one folder."""
-    path = workdir / "labels.json"
-    if path.exists():
-        found = json.loads(path.read_text(encoding="utf-8"))
-        changed = [key for key, value in identity.items() if found.get(key) != value]
-        if changed:
-            raise InputError(
-                f"{workdir} holds labels with another {', '.join(changed)}: choose another --workdir or delete it"
-            )
-    else:
-        workdir.mkdir(parents=True, exist_ok=True)
-        write_json(path, identity)
-
-
 def main(config: LabelConfig, workdir: Path) -> None:
     collection, vertical = load_data(config)
     judge = load_judge(config.judge)
     if config.pairs:
-        pairs = list(dict.fromkeys(read_pairs(config.pairs)))
+        pairs = read_pairs(config.pairs, skip_bad_lines=config.skip_bad_lines)
     else:
         pairs = sample_pairs(
             collection,
@@ -156,15 +151,17 @@ def main(config: LabelConfig, workdir: Path) -> None:
         pair for pair in pairs if pair[0] not in collection.queries or pair[1] not in collection.documents
     ]
     if unknown:
-        raise InputError(f"{len(unknown)} pairs name an unknown query or document, the first: {unknown[0]}")
-    identity = {
-        "judge_version": judge.version,
-        "prompt_hash": judge.prompt.template.fingerprint,
-        "data": collection.fingerprint(),
-        "pairs": hashlib.sha256(json.dumps(pairs).encode()).hexdigest()[:12],
-        "shard_pairs": config.shard_pairs,
-    }
-    claim_folder(workdir, identity)
+        listed = "\n".join(f"  {query_id}, {document_id}" for query_id, document_id in unknown[:100])
+        raise InputError(f"{len(unknown)} pairs name an unknown query or document:\n{listed}")
+    claim(
+        workdir,
+        config,
+        judge=judge.version,
+        prompt=judge.prompt.template.fingerprint,
+        data=collection.fingerprint(),
+        pairs=hashlib.sha256(json.dumps(pairs).encode()).hexdigest()[:12],
+    )
+    write_json(workdir / "labels.json", {"data": collection.fingerprint(), "num_pairs": len(pairs)})
     scorer = offline_scorer(judge)
     starts = range(0, len(pairs), config.shard_pairs)
     paths = {start: workdir / f"labels-{start // config.shard_pairs:05d}.jsonl" for start in starts}

@@ -98,6 +98,43 @@ def prepare(workdir: Path) -> None:
         logging.getLogger(name).setLevel(logging.WARNING)
 
 
+FREE_KEYS = (
+    "log_every",
+    "checkpoint_every",
+    "evaluate_every",
+    "keep_checkpoints",
+    "provider",
+    "data",
+    "fsdp",
+    "tensor",
+)
+"""Last parts of config keys that may differ when a run goes on: they do not change what it computes."""
+
+
+def claim(workdir: Path, config: Any, **made_from: str | int) -> None:
+    """Notes in `run.json` what a run is made from, and refuses a folder that was begun with something else.
+
+    Args:
+        made_from: fingerprints and versions of the inputs, beside the config's own values.
+    Raises:
+        InputError: the folder's run differs; the keys that do are named.
+    """
+    values = {
+        key: str(value) for key, value in describe(config).items() if key.split(".")[-1] not in FREE_KEYS
+    }
+    identity = values | {f"{name} (fingerprint)": str(value) for name, value in made_from.items()}
+    path = workdir / "run.json"
+    if not path.exists():
+        write_json(path, identity)
+        return
+    found = json.loads(path.read_text(encoding="utf-8"))
+    changed = sorted(key for key in identity | found if found.get(key) != identity.get(key))
+    if changed:
+        raise InputError(
+            f"{workdir} was begun with another {', '.join(changed[:6])}: choose another --workdir, or delete this one"
+        )
+
+
 def load_config(path: str | Path, *, quick: bool, config_type: type) -> Any:
     """What `config()`, or `quick()`, of the Python file at `path` returns.
 

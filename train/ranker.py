@@ -38,7 +38,7 @@ from jaxsearch.scoring.prefill import PrefillScorer, ScoreRequest
 from train.inputs import load_data, load_retriever, mine, offline_scorer, seen_qrels
 from train.label import Label, read_labels
 from train.loop import LoopConfig, OptimizerConfig, fit
-from train.options import run, write_json
+from train.options import claim, run, write_json
 
 
 @dataclasses.dataclass(frozen=True)
@@ -111,6 +111,10 @@ class RankerData:
             self.queries = [key for key in train if self.sampler.positives(key)]
         else:
             self.queries = [key for key in self.labelled if collection.query_split[key] == "train"]
+        if not self.queries:
+            raise InputError(
+                "no train query has a label or a relevant seen document: there is nothing to learn from"
+            )
         texts = [
             document_text(collection.documents[key], vertical.views[config.view])
             for key in self.sampler.documents
@@ -120,11 +124,14 @@ class RankerData:
         self.pad_id = ranker.tokenizer.pad_id
 
     def candidates(self, query_id: str, rng: np.random.Generator) -> list[str]:
+        """Labelled documents first, so that a label is never left unused; without gold, they alone."""
         count = self.config.candidates_per_query
-        if not self.config.use_gold:
-            keys = self.labelled[query_id]
-            return [keys[i] for i in rng.permutation(len(keys))[:count]]
-        return self.sampler.pairs(query_id, count, rng)
+        keys = self.labelled.get(query_id, [])
+        chosen = [keys[i] for i in rng.permutation(len(keys))[:count]]
+        if self.config.use_gold and len(chosen) < count:
+            drawn = self.sampler.pairs(query_id, count, rng)
+            chosen += [key for key in drawn if key not in chosen][: count - len(chosen)]
+        return chosen
 
     def batch(self, step: int) -> RankerBatch:
         config = self.config
@@ -148,7 +155,7 @@ class RankerData:
         prefix_tokens, prefix_where = pad_tokens(
             [self.prefixes[key] for key in query_ids],
             pad_id=self.pad_id,
-            lengths=multiples(16, config.max_shared_tokens),
+            lengths=multiples(32, config.max_shared_tokens),
         )
         return RankerBatch(
             prefix_tokens, prefix_where, self._groups(lists), teacher, teacher_where, gold, gold_where
@@ -164,7 +171,7 @@ class RankerData:
                 tokens, where = pad_tokens(
                     [item for items in part for item in items],
                     pad_id=self.pad_id,
-                    lengths=multiples(16, self.config.max_item_tokens),
+                    lengths=multiples(32, self.config.max_item_tokens),
                 )
                 shape = (len(part), len(part[0]), -1)
                 groups.append((tokens.reshape(shape), where.reshape(shape)))
@@ -229,7 +236,9 @@ def is_trained(use_frozen_embeddings: bool):
 
 
 def main(config: RankerConfig, workdir: Path) -> None:
-    collection, vertical = load_data(config)
+    collection, vertical = load_data(config, needs=("train", "validation"))
+    labels = read_labels(config.labels, data=collection.fingerprint()) if config.labels else []
+    claim(workdir, config, data=collection.fingerprint(), judge=labels[0].judge_version if labels else "none")
     base = resolve(config.base)
     decoder = load_pretrained(base, dtype=config.dtype, use_remat=config.use_remat)
     if not isinstance(decoder, Decoder):
@@ -244,7 +253,6 @@ def main(config: RankerConfig, workdir: Path) -> None:
     )
     del decoder
     retriever = load_retriever(config.retriever)
-    labels = read_labels(config.labels) if config.labels else []
     mined = mine(
         retriever, collection, collection.split("train"), vertical, view=config.view, depth=config.mined_depth
     )

@@ -24,43 +24,52 @@ def stages(folder: str) -> tuple[Stage, ...]:
             "train.judge",
             f"{where}/judge.py",
             "LoRA on SmolLM2-135M grades pairs 0-4 under a policy",
+            "model",
         ),
         Stage(
             "label",
             "train.label",
             f"{where}/label.py",
             "the judge labels pairs for distillation",
-            {"judge": models["judge"]},
+            inputs={"judge": models["judge"]},
         ),
-        Stage("encoder", "train.encoder", f"{where}/encoder.py", "MiniLM learns to retrieve"),
+        Stage("encoder", "train.encoder", f"{where}/encoder.py", "MiniLM learns to retrieve", "model"),
         Stage(
             "index",
             "train.index",
             f"{where}/index.py",
             "every document embedded",
-            {"encoder": models["encoder"]},
+            inputs={"encoder": models["encoder"]},
         ),
         Stage(
             "ranker",
             "train.ranker",
             f"{where}/ranker.py",
             "a cut SmolLM2 learns to rank from judge and grades",
+            "model",
             {"labels": "{workdir}/label", "retriever": models["encoder"]},
         ),
-        Stage("evaluate", "train.evaluate", f"{where}/evaluate.py", "how good each system is", models),
+        Stage("evaluate", "train.evaluate", f"{where}/evaluate.py", "how good each system is", inputs=models),
         Stage(
             "export",
             "train.export",
             f"{where}/export.py",
             "everything that serving needs in one folder",
-            {"encoder": models["encoder"], "ranker": models["ranker"], "index": "{workdir}/index/index"},
+            inputs={
+                "encoder": models["encoder"],
+                "ranker": models["ranker"],
+                "index": "{workdir}/index/index",
+            },
         ),
     )
 
 
 def config() -> PipelineConfig:
     return PipelineConfig(
-        title="jaxsearch demo: LLM-ranked search over occupations", stages=stages("demo"), closing=CLOSING
+        title="jaxsearch demo: LLM-ranked search over occupations",
+        stages=stages("demo"),
+        closing=CLOSING,
+        advice="make reference   # the real recipe",
     )
 
 
@@ -69,5 +78,6 @@ def quick() -> PipelineConfig:
         title="jaxsearch demo, quick: every part once, too small to learn from",
         stages=stages("demo"),
         is_quick=True,
-        closing=CLOSING,
+        closing="Every part ran once; a few steps of training teach nothing, so the numbers mean nothing.",
+        advice="make demo   # the size that learns something",
     )

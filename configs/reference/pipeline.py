@@ -24,6 +24,7 @@ def stages() -> tuple[Stage, ...]:
                     "train.ranker",
                     "configs/reference/ranker_judge.py",
                     "the same ranker on the judge's labels alone",
+                    "model",
                     path[-1].inputs,
                 )
             )

@@ -14,6 +14,8 @@ from jaxtyping import Bool, Int
 from jaxsearch.data.records import NUM_GRADES, Collection, Run
 from jaxsearch.errors import InputError
 
+DEVICE_ROWS = 8
+"""Groups of rows are cut at multiples of this where the whole is one, so that up to eight devices share them."""
 Batch = TypeVar("Batch")
 Padded = tuple[Int[np.ndarray, "b t"], Bool[np.ndarray, "b t"]]
 
@@ -89,6 +91,7 @@ def pad_by_length(
     """
     order = sorted(range(len(rows)), key=lambda i: len(rows[i]))
     cut = len(rows) - round(len(rows) * long_share)
+    cut -= 0 if len(rows) % DEVICE_ROWS else cut % DEVICE_ROWS
     groups = tuple(
         pad_tokens([rows[i] for i in part], pad_id=pad_id, lengths=lengths)
         for part in (order[:cut], order[cut:])
@@ -155,9 +158,9 @@ class CandidateSampler:
         return [key for key, grade in self._grades[query_id].items() if grade >= self.threshold]
 
     def buckets(self, query_id: str) -> dict[str, list[str]]:
-        """Negatives by kind: "graded" (judged below the threshold, not 0), "mined" (hard, grade 0)."""
-        graded = [key for key, grade in self._grades[query_id].items() if 0 < grade < self.threshold]
-        mined = [key for key in self._mined[query_id] if self.grade(query_id, key) == 0]
+        """Negatives by kind: "graded" (judged below the threshold), "mined" (hard, without a grade)."""
+        graded = [key for key, grade in self._grades[query_id].items() if grade < self.threshold]
+        mined = [key for key in self._mined[query_id] if key not in self._grades[query_id]]
         return {"graded": graded, "mined": mined}
 
     def negatives(self, query_id: str, count: int, rng: np.random.Generator) -> list[str]:
@@ -168,11 +171,24 @@ class CandidateSampler:
             for bucket in buckets:
                 if bucket and len(drawn) < count - 1:
                     drawn.append(str(bucket.pop()))
-        while len(drawn) < count:
-            key = self.documents[rng.integers(len(self.documents))]
-            if not self.is_relevant(query_id, key) and key not in drawn:
-                drawn.append(key)
+        for place in rng.integers(len(self.documents), size=8 * count):
+            if len(drawn) == count:
+                break
+            self._add(drawn, query_id, self.documents[place])
+        for place in rng.permutation(len(self.documents)) if len(drawn) < count else ():
+            if len(drawn) == count:
+                break
+            self._add(drawn, query_id, self.documents[place])
+        if len(drawn) < count:
+            raise InputError(
+                f"query {query_id} has {len(drawn)} documents that are not relevant, {count} are asked for: ask for "
+                "fewer documents a query, or add documents"
+            )
         return drawn
+
+    def _add(self, drawn: list[str], query_id: str, document_id: str) -> None:
+        if not self.is_relevant(query_id, document_id) and document_id not in drawn:
+            drawn.append(document_id)
 
     def pairs(self, query_id: str, count: int, rng: np.random.Generator) -> list[str]:
         """`count` different documents of all grades: up to half positives, spread over grades, the rest negatives."""
