@@ -143,8 +143,8 @@ def write_bundle(
       documents: the corpus, in the order of the index.
       index: the documents' embeddings; its metadata name the encoder's version ("encoder") and the "view".
       lexical_view: the view whose words BM25 searches.
-      item_lengths: recorded prompt item lengths in tokens; None takes those of the corpus in the ranker's
-      view. triples: (query, fitting document, other document) texts for the self-test.
+      item_lengths: recorded prompt item lengths in tokens; None takes those of the corpus in the ranker's view.
+      triples: (query, fitting document, other document) texts for the self-test.
     Raises: InputError when parts do not fit together, or `directory` holds something that is not a bundle.
     """
     directory = Path(directory)

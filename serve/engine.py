@@ -142,12 +142,14 @@ class Engine:
         return Job(steps(), sum(lengths))
 
     def retrieve_job(self, query: str, mask: Bool[np.ndarray, "c"] | None) -> Job:
-        """Embeds a query and searches the index; the outcome is (scores, positions), best first."""
+        """Embeds a query and searches the index: (scores, positions), best first, and the search's seconds."""
         embedding = self.embed_job([query], True)
 
         def steps() -> Steps:
             embeds, _ = yield from embedding.steps
-            return self._search(embeds, mask)
+            begun = time.perf_counter()
+            hits = self._search(embeds, mask)
+            return hits, time.perf_counter() - begun
 
         return Job(steps(), embedding.tokens)
 

@@ -2,8 +2,8 @@
 
     python -m serve.main --bundle work/demo/export/bundle --port 8000
 
-The port answers at once; `/ready` says 200 when every program is compiled and the self-test has passed. SIGTERM
-answers what was accepted, then stops.
+The port answers once the bundle is read and checked; `/ready` says 200 when every program is compiled and the
+self-test has passed. SIGTERM answers what was accepted, then stops.
 """
 
 import argparse

@@ -87,8 +87,8 @@ class Searcher:
         vectors = None
         if "embedding" in body.retrieve.sources:
             outcome = await run(self.engine.retrieve_job(body.query, mask))
-            vectors = outcome.value
-            stages["encode"] = outcome.compute_seconds
+            vectors, stages["retrieve"] = outcome.value
+            stages["encode"] = outcome.compute_seconds - stages["retrieve"]
             stages["queue"] = outcome.queue_seconds
         mark = time.perf_counter()
         candidates = await self._host(self._fuse, body, mask, vectors)

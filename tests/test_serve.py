@@ -179,7 +179,7 @@ def test_search_retrieves_ranks_and_calibrates(server, bundle, scorer):
     assert reply["results"][0]["fields"] == dict(bundle.documents[[*raw].index(order[0])].fields)
     assert reply["total"] == 5
     assert reply["starved"] is False
-    assert set(reply["timings_ms"]) == {"encode", "queue", "fuse", "tokenize", "rank", "total"}
+    assert set(reply["timings_ms"]) == {"encode", "retrieve", "queue", "fuse", "tokenize", "rank", "total"}
     assert reply["model_revision"] == bundle.revision
 
 

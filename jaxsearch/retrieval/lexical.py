@@ -1,7 +1,7 @@
 """BM25 over words: the baseline every learned system has to beat, behind the interface of the vector indexes.
 
-Lower-cased words of two letters or more, English stop words dropped, no stemming. A document that shares no
-word with the query is not found at all.
+Lower-cased words of two letters or more, English stop words dropped, suffixes cut by `stem`. A document that
+shares no word with the query is not found at all.
 """
 
 import logging
