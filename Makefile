@@ -37,7 +37,7 @@ reference: $(READY)  ## the real recipe; its table is the one under docs/results
 	$(RUN) -m train.demo --config configs/reference/pipeline.py --workdir $(REFERENCE_WORKDIR) $(QUICK_FLAG)
 
 test: $(READY)  ## every test that needs no other implementation to compare with
-	$(RUN) -m pytest
+	$(RUN) -m pytest -n 2 --dist loadfile
 
 check: $(READY)  ## format, lint, types, import floors and budgets
 	$(RUN) -m ruff format --check .

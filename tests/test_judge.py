@@ -92,7 +92,9 @@ def test_the_adapter_gets_a_gradient_and_merges_away():
     before = np.asarray(judge(policy, batch.tokens, batch.where))
     add_lora(judge.decoder, rank=2, alpha=4.0, targets="q_proj|down_proj", rngs=nnx.Rngs(0))
     graph, adapter, rest = nnx.split(judge, LoRAParam, ...)
-    gradient = jax.grad(lambda state: JudgeLoss(POLICY)(nnx.merge(graph, state, rest), batch)[0])(adapter)
+    gradient = jax.jit(jax.grad(lambda state: JudgeLoss(POLICY)(nnx.merge(graph, state, rest), batch)[0]))(
+        adapter
+    )
     assert max(float(jnp.abs(leaf).max()) for leaf in jax.tree.leaves(gradient)) > 0
     merge_lora(judge.decoder)
     np.testing.assert_allclose(judge(policy, batch.tokens, batch.where), before, atol=1e-5)

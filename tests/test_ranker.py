@@ -39,7 +39,7 @@ def random_batch(seed=0):
 def test_a_logit_is_that_of_the_whole_prompt_alone():
     decoder, batch = make(LLAMA), random_batch()
     ranker = Ranker(decoder, label_ids=LABEL_IDS)
-    together = ranker(batch.prefix_tokens, batch.prefix_where, *batch.items)
+    together = nnx.jit(Ranker.__call__)(ranker, batch.prefix_tokens, batch.prefix_where, *batch.items)
     rows = [(tokens[:, c], where[:, c]) for tokens, where in batch.items for c in range(tokens.shape[1])]
     for q in range(2):
         for c, (tokens, where) in enumerate(rows):
@@ -52,9 +52,14 @@ def test_a_logit_is_that_of_the_whole_prompt_alone():
             np.testing.assert_allclose(together[q, c], yes - no, atol=1e-5)
 
 
+def evaluate(loss, ranker, batch):
+    graph, state = nnx.split(ranker)
+    return jax.jit(lambda s: loss(nnx.merge(graph, s), batch))(state)
+
+
 def gradient(loss, batch):
     graph, state = nnx.split(Ranker(make(LLAMA), label_ids=LABEL_IDS))
-    return jax.tree.leaves(jax.grad(lambda s: loss(nnx.merge(graph, s), batch)[0])(state))
+    return jax.tree.leaves(jax.jit(jax.grad(lambda s: loss(nnx.merge(graph, s), batch)[0]))(state))
 
 
 def test_labels_that_are_masked_change_nothing():
@@ -69,7 +74,7 @@ def test_labels_that_are_masked_change_nothing():
 def test_without_any_label_loss_and_gradient_are_zero():
     nothing = jnp.zeros((2, 3), bool)
     batch = dataclasses.replace(random_batch(), teacher_where=nothing, gold_where=nothing)
-    total, _, _ = RankerLoss()(Ranker(make(LLAMA), label_ids=LABEL_IDS), batch)
+    total, _, _ = evaluate(RankerLoss(), Ranker(make(LLAMA), label_ids=LABEL_IDS), batch)
     assert float(total) == 0.0
     assert all(np.array_equal(leaf, np.zeros_like(leaf)) for leaf in gradient(RankerLoss(), batch))
 
@@ -79,10 +84,10 @@ def test_every_weight_weighs_its_own_term():
     terms = {}
     for name in ("teacher_weight", "gold_weight", "list_weight"):
         weights = dict.fromkeys(("teacher_weight", "gold_weight", "list_weight"), 0.0) | {name: 1.0}
-        terms[name] = float(RankerLoss(**weights)(ranker, batch)[0])
+        terms[name] = float(evaluate(RankerLoss(**weights), ranker, batch)[0])
     assert terms["teacher_weight"] > 0
     assert terms["gold_weight"] > 0
-    both = float(RankerLoss(teacher_weight=2.0, gold_weight=3.0, list_weight=0.0)(ranker, batch)[0])
+    both = float(evaluate(RankerLoss(teacher_weight=2.0, gold_weight=3.0, list_weight=0.0), ranker, batch)[0])
     np.testing.assert_allclose(both, 2 * terms["teacher_weight"] + 3 * terms["gold_weight"], rtol=1e-5)
 
 
@@ -90,9 +95,11 @@ def test_the_list_term_prefers_gold_over_the_teacher():
     ranker, batch = Ranker(make(LLAMA), label_ids=LABEL_IDS), random_batch()
     loss = RankerLoss(teacher_weight=1e-9, gold_weight=1e-9, list_weight=1.0)
     other_teacher = dataclasses.replace(batch, teacher=1.0 - batch.teacher)
-    np.testing.assert_allclose(loss(ranker, batch)[0], loss(ranker, other_teacher)[0], rtol=1e-5)
+    np.testing.assert_allclose(
+        evaluate(loss, ranker, batch)[0], evaluate(loss, ranker, other_teacher)[0], rtol=1e-5
+    )
     other_gold = dataclasses.replace(batch, gold=1.0 - batch.gold)
-    assert abs(float(loss(ranker, batch)[0] - loss(ranker, other_gold)[0])) > 1e-3
+    assert abs(float(evaluate(loss, ranker, batch)[0] - evaluate(loss, ranker, other_gold)[0])) > 1e-3
 
 
 def test_scores_are_yes_minus_no():
