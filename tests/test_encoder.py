@@ -6,9 +6,10 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from jaxsearch.data.assets import fetch
+from jaxsearch.data.tokenizer import Tokenizer
 from jaxsearch.encoder import Encoder, EncoderBatch, EncoderLoss, TextEncoder, load_encoder, save_encoder
 from jaxsearch.errors import InputError
-from jaxsearch.nn.bert import Bert, BertConfig
 from tests.small_models import BERT, LLAMA, make
 from tests.tiny_bundle import tiny_tokenizer, write_parts
 
@@ -114,14 +115,12 @@ def test_nothing_compiles_after_compile(tmp_path):
     assert encoder.num_compilations == programs
 
 
-def test_long_texts_keep_their_closing_special_token():
-    tokenizer = tiny_tokenizer()
-    config = BertConfig(
-        tokenizer.vocab_size, embed_dim=16, mlp_dim=24, num_layers=1, num_heads=2, max_positions=64
-    )
-    encoder = TextEncoder(Encoder(Bert(config, rngs=nnx.Rngs(0))), tokenizer, max_document_tokens=8)
-    whole = tokenizer.encode_batch(["abcdefghijklmnop"], special=True)[0]
-    assert encoder.encode_documents(["abcdefghijklmnop"])[0] == [*whole[:7], whole[-1]]
+def test_long_texts_keep_their_closing_special_token_where_there_is_one():
+    bert, text = Encoder(make(BERT)), "a long text about bread and how it is baked"
+    for tokenizer, num_closing in ((tiny_tokenizer(), 0), (Tokenizer.from_path(fetch("minilm")), 1)):
+        whole = tokenizer.encode_batch([text], special=True)[0]
+        cut = TextEncoder(bert, tokenizer, max_document_tokens=8).encode_documents([text])[0]
+        assert cut == [*whole[: 8 - num_closing], *whole[len(whole) - num_closing :]]
 
 
 def test_a_saved_encoder_embeds_as_before(tmp_path):
