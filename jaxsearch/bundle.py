@@ -14,7 +14,6 @@ Not here: choosing what goes in (`train.export`), answering requests (`serve`).
 import dataclasses
 import hashlib
 import json
-import os
 import shutil
 import uuid
 from collections.abc import Iterable, Mapping, Sequence
@@ -23,6 +22,7 @@ from typing import Any
 
 from jaxsearch.buckets import Buckets
 from jaxsearch.calibration import IsotonicMap
+from jaxsearch.checkpoints import replace_folder
 from jaxsearch.data.records import Document
 from jaxsearch.data.verticals import Vertical, load_vertical
 from jaxsearch.encoder import TextEncoder, load_encoder
@@ -183,9 +183,7 @@ def write_bundle(
         _write_json(part / "selftest.json", [dataclasses.asdict(answer) for answer in answers])
         (part / "MODEL_CARD.md").write_text(model_card, encoding="utf-8")
         _write_manifest(part, name, encoder, ranker, plan, lexical_view)
-        if directory.exists():
-            shutil.rmtree(directory)
-        os.replace(part, directory)
+        replace_folder(part, directory)
     finally:
         shutil.rmtree(part, ignore_errors=True)
     return directory

@@ -253,7 +253,7 @@ def save_model(
         tokenizer.save(temporary)
         _write_card(temporary, card)
         _write_card(temporary, {**card, "version": model_version(temporary)})
-        _replace(temporary, directory)
+        replace_folder(temporary, directory)
     except OSError as error:
         raise InputError(f"cannot write the model folder {directory}: {error.strerror or error}") from error
     finally:
@@ -329,7 +329,7 @@ def _write_card(directory: Path, card: Mapping[str, Any]) -> None:
     (directory / CARD).write_text(text + "\n", encoding="utf-8")
 
 
-def _replace(temporary: Path, directory: Path) -> None:
+def replace_folder(temporary: Path, directory: Path) -> None:
     """Puts a finished folder in the place of another; the old one is removed only after that."""
     old = temporary.with_name(temporary.name + ".old")
     if directory.exists():

@@ -92,11 +92,11 @@ def calibrate(
         return np.array([v for v, _ in values], np.float64), np.array([t for _, t in values], np.float64)
 
     fitted_on, asked = pairs(queries[::2]), pairs(queries[1::2])
-    error = (
-        calibration_error(fit_isotonic(*fitted_on)(asked[0]), asked[1]) if len(queries) > 1 else float("nan")
-    )
     everything = pairs(queries)
-    facts = {"num_queries": len(queries), "num_pairs": len(everything[0]), "held_out_error": round(error, 4)}
+    facts: dict[str, float | int] = {"num_queries": len(queries), "num_pairs": len(everything[0])}
+    if len(queries) > 1:
+        error = calibration_error(fit_isotonic(*fitted_on)(asked[0]), asked[1])
+        facts["held_out_error"] = round(error, 4)
     return fit_isotonic(*everything), facts
 
 
@@ -114,7 +114,9 @@ def choose_triples(
             break
         if best is None or graded[best] < vertical.relevant_threshold:
             continue
-        other = next(d for d in (ids[i] for i in random.permutation(len(ids))) if not graded.get(d))
+        other = next((d for d in (ids[i] for i in random.permutation(len(ids))) if not graded.get(d)), None)
+        if other is None:
+            continue
         texts = [vertical.document_text(collection.documents[d], view) for d in (best, other)]
         triples.append((query.text, texts[0], texts[1]))
     return triples
@@ -122,8 +124,11 @@ def choose_triples(
 
 def model_card(config: ExportConfig, collection: Collection, facts: dict[str, Any]) -> str:
     """What people should know before they use the bundle."""
-    cards = {kind: json.loads((Path(path) / "jaxsearch.json").read_text(encoding="utf-8")) for kind, path in
-             (("encoder", config.encoder), ("ranker", config.ranker))}  # fmt: skip
+    folders = {"encoder": Path(config.encoder), "ranker": Path(config.ranker)}
+    files = {kind: folder / "jaxsearch.json" for kind, folder in folders.items()}
+    cards = {
+        kind: json.loads(file.read_text(encoding="utf-8")) for kind, file in files.items() if file.exists()
+    }
     lines = [f"# {config.name}", "", f"Search over {collection.name}: {len(collection.documents)} documents."]
     if collection.notice:
         lines += ["", "## Data", "", collection.notice]
@@ -136,7 +141,7 @@ def model_card(config: ExportConfig, collection: Collection, facts: dict[str, An
 
 
 def main(config: ExportConfig, workdir: Path) -> None:
-    collection, vertical = load_data(config)
+    collection, vertical = load_data(config, needs=("validation",) if config.calibration_queries else ())
     index = load_index(config, collection)
     ranker = load_ranker(config.ranker)
     queries = collection.split("validation")

@@ -48,7 +48,7 @@ def load_data(config: DataConfig, *, needs: Sequence[str] = ()) -> tuple[Collect
             f"{collection.name} has no queries in {' and '.join(empty)}: give them a split (train, validation, test), "
             "or leave the split out everywhere to have one made"
         )
-    if "left out" in collection.notice:
+    if collection.notice and Path(config.collection).is_dir():
         print(f"{collection.name}: {collection.notice}", file=sys.stderr)
     return collection, vertical
 
@@ -74,10 +74,17 @@ def mine(
     """
     keys = [key for key in collection.documents if not (seen_only and key in collection.unseen_documents)]
     texts = [document_text(collection.documents[key], vertical.views[view]) for key in keys]
-    scores = encoder.embed_queries([query.text for query in queries]) @ encoder.embed_documents(texts).T
+    embeds, documents = (
+        encoder.embed_queries([query.text for query in queries]),
+        encoder.embed_documents(texts),
+    )
     depth = min(depth, len(keys))
-    best = np.argpartition(-scores, depth - 1, axis=1)[:, :depth]
-    return {query.id: {keys[j]: float(scores[i, j]) for j in best[i]} for i, query in enumerate(queries)}
+    mined: Run = {}
+    for query, embed in zip(queries, embeds, strict=True):
+        scores = documents @ embed
+        best = np.argpartition(-scores, depth - 1)[:depth]
+        mined[query.id] = {keys[j]: float(scores[j]) for j in best}
+    return mined
 
 
 def sample_pairs(
@@ -91,9 +98,10 @@ def sample_pairs(
     view: str,
     depth: int,
     seed: int,
+    is_graded: bool,
 ) -> list[tuple[str, str]]:
     """(query id, document id) of all grades for some queries of a split, seen documents only; fixed by the seed."""
-    queries = collection.split(split)
+    queries = collection.split(split, is_graded=is_graded)
     chosen = [queries[i] for i in np.random.default_rng(seed).permutation(len(queries))[:num_queries]]
     mined = mine(retriever, collection, chosen, vertical, view=view, depth=depth)
     sampler = CandidateSampler(collection, threshold=vertical.relevant_threshold, mined=mined)

@@ -158,6 +158,7 @@ def main(config: JudgeConfig, workdir: Path) -> None:
             view=config.view,
             depth=config.mined_depth,
             seed=config.seed,
+            is_graded=True,
         )
         texts = pair_texts(collection, vertical, pairs, view=config.view)
         return texts, [collection.grade(*pair) for pair in pairs], [pair[0] for pair in pairs]

@@ -146,6 +146,7 @@ def main(config: LabelConfig, workdir: Path) -> None:
             view=judge.view,
             depth=config.mined_depth,
             seed=config.seed,
+            is_graded=False,
         )
     unknown = [
         pair for pair in pairs if pair[0] not in collection.queries or pair[1] not in collection.documents

@@ -61,9 +61,13 @@ class Collection:
     unseen_documents: frozenset[str] = frozenset()
     notice: str = ""
 
-    def split(self, name: str) -> list[Query]:
-        """The queries of one split, in the collection's order."""
-        return [query for query in self.queries.values() if self.query_split[query.id] == name]
+    def split(self, name: str, *, is_graded: bool = True) -> list[Query]:
+        """The queries of one split, in the collection's order; those without any grade only on request."""
+        return [
+            query
+            for query in self.queries.values()
+            if self.query_split[query.id] == name and (not is_graded or self.qrels.get(query.id))
+        ]
 
     def grade(self, query_id: str, document_id: str) -> int:
         return self.qrels.get(query_id, {}).get(document_id, 0)

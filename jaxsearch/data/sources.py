@@ -15,7 +15,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
-from typing import Any, TypeGuard
+from typing import Any, TypeGuard, overload
 
 from jaxsearch.data import builders
 from jaxsearch.data.records import (
@@ -87,12 +87,13 @@ def load_collection(spec: str | os.PathLike[str], *, skip_bad_lines: bool = Fals
         `queries.jsonl`
             and `qrels/{train,dev,test}.tsv`, which give the splits. Another folder has `documents`, `queries`
             and `grades`, each as `.jsonl` or `.parquet`: documents with `id` and any fields, queries with
-            `id`, `text` and, if they like, `split`; grades with `query_id`, `document_id`, `grade` 0..4.
+            `id`, `text` and, if they like, `split`; grades with `query_id`, `document_id`, `grade` 0..4 (no file:
+            nothing is graded yet).
             Queries without a split get theirs by a hash of their id: 70 % train, 10 % validation, 20 % test.
         skip_bad_lines: leave bad lines out; the collection's `notice` then says how many.
 
     Returns:
-        The collection. Queries without any grade are left out, and the notice counts them.
+        The collection. Queries without any grade are in it (a judge can label them), and the notice counts them.
 
     Raises:
         InputError: no such builder or folder, a file is missing, nothing usable in it, or bad lines: no id,
@@ -113,8 +114,7 @@ def load_collection(spec: str | os.PathLike[str], *, skip_bad_lines: bool = Fals
     qrels: Qrels = {}
     if is_beir:
         stated = _read_beir_grades(folder / "qrels", queries, documents, qrels, bad)
-    else:
-        file = _find(folder, "grades")
+    elif file := _find(folder, "grades", is_optional=True):
         for number, record in _records(file, bad):
             pair = (record.get("query_id"), record.get("document_id"), record.get("grade"))
             _add_grade(qrels, pair, queries, documents, partial(bad.add, file, number))
@@ -154,18 +154,17 @@ def _assemble(
     qrels: Qrels,
     notice: str,
 ) -> Collection:
-    for what, found in (("document", documents), ("query", queries), ("grade", qrels)):
+    for what, found in (("document", documents), ("query", queries)):
         if not found:
             raise InputError(f"{folder} holds no usable {what}. {notice}".strip())
     if ungraded := len(queries) - len(qrels):
-        notice = f"{notice} {ungraded} queries without any grade were left out.".strip()
-    graded = {query_id: query for query_id, query in queries.items() if query_id in qrels}
+        notice = f"{notice} {ungraded} queries have no grade: training and evaluation leave them out.".strip()
     return Collection(
         name=folder.resolve().name,
-        queries=graded,
+        queries=queries,
         documents=documents,
         qrels=qrels,
-        query_split={query_id: stated.get(query_id) or split_by_hash(query_id) for query_id in graded},
+        query_split={query_id: stated.get(query_id) or split_by_hash(query_id) for query_id in queries},
         notice=notice,
     )
 
@@ -262,8 +261,14 @@ def _add_grade(
     return False
 
 
-def _find(folder: Path, stem: str) -> Path:
+@overload
+def _find(folder: Path, stem: str) -> Path: ...
+@overload
+def _find(folder: Path, stem: str, *, is_optional: bool) -> Path | None: ...
+def _find(folder: Path, stem: str, *, is_optional: bool = False) -> Path | None:
     found = [folder / f"{stem}{kind}" for kind in _KINDS if (folder / f"{stem}{kind}").is_file()]
+    if not found and is_optional:
+        return None
     if len(found) != 1:
         names = " or ".join(f"{stem}{kind}" for kind in _KINDS)
         raise InputError(f"{folder} needs one file {names}; it has {len(found)}")
