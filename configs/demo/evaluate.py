@@ -1,4 +1,4 @@
-"""The demo's table: every system on the test queries, the judge on 50 of them.
+"""The demo's table: every system on the test queries, the judge on 30 of them.
 
 Command: python -m train.evaluate --config configs/demo/evaluate.py --workdir work/demo/evaluate
          --set encoder=work/demo/encoder/model judge=work/demo/judge/model ranker=work/demo/ranker/model
@@ -15,8 +15,8 @@ def config() -> EvaluateConfig:
         judge="work/demo/judge/model",
         ranker="work/demo/ranker/model",
         depth=10,
-        judge_queries=50,
-        validation_queries=40,
+        judge_queries=30,
+        validation_queries=30,
     )
 
 

@@ -1,4 +1,4 @@
-"""The demo's ranker: the first 12 layers of SmolLM2, 2,048 pairs, judge's labels + gold + list-wise term.
+"""The demo's ranker: the first 12 layers of SmolLM2, 1,536 pairs, judge's labels + gold + list-wise term.
 
 Command: python -m train.ranker --config configs/demo/ranker.py --workdir work/demo/ranker
          --set labels=work/demo/label retriever=work/demo/encoder/model
@@ -15,7 +15,7 @@ def config() -> RankerConfig:
         labels="work/demo/label",
         retriever="work/demo/encoder/model",
         check_queries=20,
-        loop=LoopConfig(num_steps=64),
+        loop=LoopConfig(num_steps=48),
         optimizer=OptimizerConfig(learning_rate=3e-4, warmup_steps=10),
     )
 
