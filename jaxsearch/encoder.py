@@ -70,7 +70,7 @@ class EncoderBatch:
 class EncoderLoss:
     """InfoNCE over the batch plus a margin between a query's positive and its own negatives (system.md §2).
 
-    The published system states neither value; these were chosen on the validation queries.
+    The published system states neither value; these are starting values, not tuned yet.
     """
 
     temperature: float = 0.05

@@ -77,7 +77,7 @@ def test_batches_of_like_length_draw_what_the_shuffled_stream_draws(size, batch,
 def test_batches_of_like_length_are_of_like_length():
     lengths = np.random.default_rng(0).integers(1, 100, 64)
     rows = [similar_length(lengths.tolist(), 4, step, seed=0, window=16) for step in range(16)]
-    assert np.mean([np.ptp(lengths[row]) for row in rows]) < 10  # 60 for random batches
+    assert np.mean([np.ptp(lengths[row]) for row in rows]) < 10
 
 
 @given(st.lists(st.lists(st.integers(1, 99), min_size=1, max_size=12), min_size=1, max_size=9))

@@ -32,7 +32,6 @@ def test_rows_are_unit_vectors_and_padding_changes_nothing(encoder):
     np.testing.assert_allclose(np.linalg.norm(plain, axis=1), 1.0, atol=1e-6)
     padded = np.pad(tokens, ((0, 0), (0, 4)), constant_values=7)
     kept = np.pad(where, ((0, 0), (0, 4)))
-    # measured maximum 1.8e-7
     np.testing.assert_allclose(encoder(jnp.asarray(padded), jnp.asarray(kept)), plain, atol=1e-6)
 
 
@@ -103,7 +102,6 @@ def test_texts_are_embedded_in_any_order_and_number(tmp_path):
     texts = [f"text number {i} " + "word " * (i % 5) for i in range(11)]
     together = encoder.embed_documents(texts)
     alone = np.concatenate([encoder.embed_documents([text]) for text in texts])
-    # measured maximum 1.2e-7
     np.testing.assert_allclose(together, alone, atol=1e-6)
 
 

@@ -72,7 +72,6 @@ def test_a_pair_behind_the_shared_policy_is_graded_as_alone():
         alone = decoder.logits(last_hidden(decoder(tokens), jnp.ones(tokens.shape, bool)))[
             0, jnp.asarray(GRADE_IDS)
         ]
-        # measured maximum 9.5e-7
         np.testing.assert_allclose(together[row], alone, atol=1e-5)
 
 

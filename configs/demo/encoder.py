@@ -1,7 +1,7 @@
 """The demo's encoder: MiniLM, one epoch of the train queries with five documents each.
 
 Command: python -m train.encoder --config configs/demo/encoder.py --workdir work/demo/encoder
-Time: about 2 minutes on two cores (quick: 20 seconds).
+Time: 14 minutes on two slow cores (155 GFLOP/s), beside other work.
 Numbers: see report.json, before and after.
 """
 

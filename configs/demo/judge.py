@@ -1,7 +1,7 @@
 """The demo's judge: SmolLM2-135M + LoRA on 640 graded pairs of O*NET activities, short view.
 
 Command: python -m train.judge --config configs/demo/judge.py --workdir work/demo/judge
-Time: about 5 minutes on two cores (quick: one minute).
+Time: 8 minutes on two slow cores (155 GFLOP/s), beside other work.
 Numbers: see report.json; so few pairs teach the scale and little more.
 """
 

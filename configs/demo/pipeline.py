@@ -1,7 +1,7 @@
 """The whole path on O*NET activity search, short view: from pinned downloads to a served, ranked search.
 
 Command: python -m train.demo --config configs/demo/pipeline.py --workdir work/demo
-Time: about 20 minutes on two cores, within 8 GB (quick: about 5 minutes).
+Time: about 40 minutes on two slow cores (155 GFLOP/s), beside other work; peak 4.6 GB.
 Numbers: the table of the evaluate stage; see `closing` for what they can and cannot show.
 """
 
