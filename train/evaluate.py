@@ -12,7 +12,7 @@ import dataclasses
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import rich.console
@@ -69,6 +69,8 @@ class EvaluateConfig:
     """How many of them, drawn by the seed; 0: all."""
     depth: int = 20
     """Documents of the first stage that judge and rankers reorder."""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """Of the judge's and the rankers' computation; encoders are float32."""
     run_depth: int = 1_000
     """Documents that a first stage returns; columns are cut from these."""
     judge_queries: int = 100
@@ -120,7 +122,7 @@ class Stage:
     def rerank(self, folder: str, candidates: Run, description: str) -> Run:
         """A ranker's scores of the candidates."""
         if folder not in self._rankers:
-            ranker = load_ranker(folder)
+            ranker = load_ranker(folder, dtype=self.config.dtype)
             self._rankers[folder] = ranker, offline_scorer(ranker)
         ranker, scorer = self._rankers[folder]
         return in_parts(
@@ -129,7 +131,7 @@ class Stage:
 
     def judge(self, folder: str, candidates: Run) -> tuple[Run, dict[str, Any]]:
         """The judge's expected grades of the candidates, and its agreement with the collection's grades."""
-        judge = load_judge(folder)
+        judge = load_judge(folder, dtype=self.config.dtype)
         scorer = offline_scorer(judge)
         labels = []
 
@@ -296,7 +298,7 @@ def notes_of(
         f"relevant: grade {threshold} or above; NDCG has linear gain, NDCG exp 2^grade - 1",
         collection.notice or "grades are the collection's own",
         f"encoders read the {config.view} view; judge and rankers, where shown, reorder the best {config.depth} of "
-        f"{'encoder' if config.encoder else 'minilm'}",
+        f"{'encoder' if config.encoder else 'minilm'}, in {config.dtype}",
         "each column counts its own documents only; candidates come from the whole corpus",
         "poor@10: share of the top ten graded below 2; the last row is what a perfect ranking has",
     ]

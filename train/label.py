@@ -13,6 +13,7 @@ import json
 import os
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 
@@ -46,6 +47,8 @@ class LabelConfig:
     per_query: int = 8
     """Documents of all grades for a query: graded ones, the retriever's best, random ones."""
     mined_depth: int = 30
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """Of the judge's computation."""
     shard_pairs: int = 256
     """Pairs a file; a killed run loses at most one file's work."""
     seed: int = 0
@@ -132,7 +135,7 @@ def write_shard(path: Path, labels: Sequence[Label]) -> None:
 
 def main(config: LabelConfig, workdir: Path) -> None:
     collection, vertical = load_data(config)
-    judge = load_judge(config.judge)
+    judge = load_judge(config.judge, dtype=config.dtype)
     if config.pairs:
         pairs = read_pairs(config.pairs, skip_bad_lines=config.skip_bad_lines)
     else:

@@ -173,8 +173,8 @@ class Stack(nnx.Module):
         def step(hidden, params):
             return nnx.merge(graph, params)(hidden, mask), None
 
-        if self.use_remat:
-            step = jax.checkpoint(step, prevent_cse=False)
+        saved = jax.checkpoint_policies.dots_with_no_batch_dims_saveable if not self.use_remat else None
+        step = jax.checkpoint(step, prevent_cse=False, policy=saved)
         return jax.lax.scan(step, hidden, stacked)[0]
 
 

@@ -29,6 +29,50 @@ def matmul_precision(dtype: DTypeLike) -> jax.lax.Precision:
     return jax.lax.Precision.HIGHEST if jnp.dtype(dtype) == jnp.float32 else jax.lax.Precision.DEFAULT
 
 
+@jax.custom_vjp
+def matmul(rows: Float[Array, "b i"], kernel: Float[Array, "i o"]) -> Float[Array, "b o"]:
+    """rows @ kernel, products summed in float32; the result and both gradients have the operands' dtype.
+
+    The gradient is written out because of bfloat16 on CPUs that have it: XLA computes such a product natively
+    only when its result is float32 and its left operand is contracted along the last axis, else in float32.
+    """
+    return _contract(rows, kernel, 1, 0)
+
+
+def _contract(left: Array, right: Array, left_axis: int, right_axis: int) -> Array:
+    product = jax.lax.dot_general(
+        left,
+        right,
+        (((left_axis,), (right_axis,)), ((), ())),
+        precision=matmul_precision(left.dtype),
+        preferred_element_type=jnp.float32,
+    )
+    return product.astype(left.dtype)
+
+
+def _matmul_forward(rows: Array, kernel: Array) -> tuple[Array, tuple[Array, Array]]:
+    return _contract(rows, kernel, 1, 0), (rows, kernel)
+
+
+def _matmul_backward(saved: tuple[Array, Array], cotangent: Array) -> tuple[Array, Array]:
+    rows, kernel = saved
+    by_rows = _contract(cotangent, kernel, 1, 1)
+    if rows.dtype == jnp.float32 or jax.default_backend() != "cpu":
+        return by_rows, _contract(rows, cotangent, 0, 0)
+    if rows.shape[1] <= cotangent.shape[1]:
+        return by_rows, _contract_first_axes(rows, cotangent)
+    return by_rows, _contract_first_axes(cotangent, rows).T
+
+
+def _contract_first_axes(narrow: Array, wide: Array) -> Array:
+    """narrow.T @ wide; the padding keeps XLA from folding the transpose into the product."""
+    turned = jnp.pad(narrow.T, ((0, 8), (0, 0)))
+    return _contract(turned, wide, 1, 0)[: narrow.shape[1]]
+
+
+matmul.defvjp(_matmul_forward, _matmul_backward)
+
+
 def project(inputs: Float[Array, "*b i"], kernel: Float[Array, "i o"]) -> Float[Array, "*b o"]:
     """inputs @ kernel in their dtype, rows flattened.
 
@@ -37,7 +81,7 @@ def project(inputs: Float[Array, "*b i"], kernel: Float[Array, "i o"]) -> Float[
     """
     *lead, in_dim = inputs.shape
     rows = inputs.reshape(math.prod(lead), in_dim)
-    return jnp.matmul(rows, kernel, precision=matmul_precision(inputs.dtype)).reshape(*lead, kernel.shape[1])
+    return matmul(rows, kernel).reshape(*lead, kernel.shape[1])
 
 
 def make_param(

@@ -1,0 +1,47 @@
+"""The linear map in half precision: native products, sums in float32, gradients of the operands' dtype."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxsearch.nn.layers import matmul, project
+
+RNG = np.random.default_rng(0)
+ROWS, KERNEL, WEIGHT = (RNG.normal(size=shape).astype(np.float32) for shape in ((37, 64), (64, 24), (37, 24)))
+
+
+def value_and_gradients(product, dtype):
+    """Of a weighted sum of the product, the product itself, and the gradients by both operands."""
+    rows, kernel = jnp.asarray(ROWS, dtype), jnp.asarray(KERNEL, dtype)
+
+    def total(rows, kernel):
+        made = product(rows, kernel)
+        return (made.astype(jnp.float32) * WEIGHT).sum(), made
+
+    gradients, made = jax.jit(jax.grad(total, argnums=(0, 1), has_aux=True))(rows, kernel)
+    return made, *gradients
+
+
+@pytest.mark.parametrize(("dtype", "bound"), [(jnp.float32, 1e-5), (jnp.bfloat16, 0.01)])
+def test_products_and_gradients_are_those_of_float64(dtype, bound):
+    wide = [np.asarray(jnp.asarray(array, dtype), np.float64) for array in (ROWS, KERNEL, WEIGHT)]
+    rows, kernel, weight = wide
+    expected = rows @ kernel, weight @ kernel.T, rows.T @ weight
+    for found, exact in zip(value_and_gradients(matmul, dtype), expected, strict=True):
+        assert found.dtype == dtype
+        error = np.abs(np.asarray(found, np.float64) - exact).max() / np.abs(exact).max()
+        assert error < bound  # measured 2.5e-7 in float32, 2.6e-3 in bfloat16
+
+
+def test_half_precision_sums_in_float32():
+    """4,096 ones: bfloat16 partial sums would stop at 256."""
+    ones = jnp.ones((1, 4096), jnp.bfloat16)
+    assert float(matmul(ones, ones.T)[0, 0]) == 4096
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_rows_of_any_rank_are_projected_alike(dtype):
+    rows = jnp.asarray(ROWS[:36], dtype).reshape(3, 2, 6, 64)
+    flat = matmul(rows.reshape(36, 64), jnp.asarray(KERNEL, dtype))
+    np.testing.assert_array_equal(project(rows, jnp.asarray(KERNEL, dtype)).reshape(36, 24), flat)
