@@ -122,6 +122,19 @@ def test_negatives_come_from_graded_and_mined_buckets_before_random_ones():
         assert not {"d0", "d1"} & set(negatives)
 
 
+@pytest.mark.parametrize(("share", "num_hard"), [(0.0, 3), (0.5, 2), (1.0, 0)])
+def test_a_share_of_the_negatives_is_random(share, num_hard):
+    drawn = sampler(mined={"q0": {"d5": 0.9, "d0": 0.8, "d6": 0.7}})
+    hard, found = {"d2", "d5", "d6"}, set()
+    for seed in range(40):
+        negatives = drawn.negatives("q0", 4, np.random.default_rng(seed), random_share=share)
+        assert len(set(negatives)) == 4
+        assert len(hard & set(negatives[:num_hard])) == num_hard
+        found |= set(negatives[num_hard:])
+    assert found >= {"d3", "d4"}
+    assert not found & {"d0", "d1"}
+
+
 def test_pairs_hold_positives_and_negatives_each_once():
     pairs = sampler().pairs("q0", 6, np.random.default_rng(0))
     assert len(set(pairs)) == 6

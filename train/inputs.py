@@ -97,6 +97,7 @@ def sample_pairs(
     per_query: int,
     view: str,
     depth: int,
+    random_share: float,
     seed: int,
     is_graded: bool,
 ) -> list[tuple[str, str]]:
@@ -108,7 +109,9 @@ def sample_pairs(
     return [
         (query.id, key)
         for number, query in enumerate(chosen)
-        for key in sampler.pairs(query.id, per_query, np.random.default_rng((seed, number)))
+        for key in sampler.pairs(
+            query.id, per_query, np.random.default_rng((seed, number)), random_share=random_share
+        )
     ]
 
 

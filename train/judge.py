@@ -64,6 +64,8 @@ class JudgeConfig:
     pairs_per_query: int = 8
     mined_depth: int = 30
     """How many of the retriever's best documents are looked at for hard negatives."""
+    random_share: float = 0.5
+    """Of the documents below the threshold, how many are random ones instead of graded or mined ones."""
     batch_pairs: int = 16
     grade_smoothing: float = 0.1
     """Share of the target that goes to the neighbouring grades."""
@@ -157,6 +159,7 @@ def main(config: JudgeConfig, workdir: Path) -> None:
             per_query=config.pairs_per_query,
             view=config.view,
             depth=config.mined_depth,
+            random_share=config.random_share,
             seed=config.seed,
             is_graded=True,
         )

@@ -47,6 +47,8 @@ class LabelConfig:
     per_query: int = 8
     """Documents of all grades for a query: graded ones, the retriever's best, random ones."""
     mined_depth: int = 30
+    random_share: float = 0.25
+    """Of the documents below the threshold, how many are random ones instead of graded or mined ones."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Of the judge's computation."""
     shard_pairs: int = 256
@@ -148,6 +150,7 @@ def main(config: LabelConfig, workdir: Path) -> None:
             per_query=config.per_query,
             view=judge.view,
             depth=config.mined_depth,
+            random_share=config.random_share,
             seed=config.seed,
             is_graded=False,
         )

@@ -11,6 +11,7 @@ from train.loop import LoopConfig, OptimizerConfig
 
 def config() -> EncoderConfig:
     return EncoderConfig(
+        dtype="bfloat16",
         loop=LoopConfig(num_steps=92),
         optimizer=OptimizerConfig(learning_rate=1e-4, warmup_steps=10, weight_decay=0.01),
     )
@@ -18,6 +19,7 @@ def config() -> EncoderConfig:
 
 def quick() -> EncoderConfig:
     return EncoderConfig(
+        dtype="bfloat16",
         batch_queries=8,
         documents_per_query=3,
         loop=LoopConfig(num_steps=6),

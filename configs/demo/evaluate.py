@@ -11,6 +11,7 @@ from train.evaluate import EvaluateConfig
 
 def config() -> EvaluateConfig:
     return EvaluateConfig(
+        dtype="bfloat16",
         encoder="work/demo/encoder/model",
         judge="work/demo/judge/model",
         ranker="work/demo/ranker/model",
@@ -22,6 +23,7 @@ def config() -> EvaluateConfig:
 
 def quick() -> EvaluateConfig:
     return EvaluateConfig(
+        dtype="bfloat16",
         encoder="work/demo-quick/encoder/model",
         judge="work/demo-quick/judge/model",
         ranker="work/demo-quick/ranker/model",

@@ -1,4 +1,4 @@
-"""The demo's judge: SmolLM2-135M + LoRA on 640 graded pairs of O*NET activities, short view.
+"""The demo's judge: SmolLM2-135M + LoRA on 480 graded pairs of O*NET activities, short view.
 
 Command: python -m train.judge --config configs/demo/judge.py --workdir work/demo/judge
 Time: 8 minutes on two slow cores (155 GFLOP/s), beside other work.
@@ -11,14 +11,16 @@ from train.loop import LoopConfig, OptimizerConfig
 
 def config() -> JudgeConfig:
     return JudgeConfig(
+        dtype="bfloat16",
         check_queries=15,
-        loop=LoopConfig(num_steps=40),
+        loop=LoopConfig(num_steps=30),
         optimizer=OptimizerConfig(learning_rate=5e-4, warmup_steps=5),
     )
 
 
 def quick() -> JudgeConfig:
     return JudgeConfig(
+        dtype="bfloat16",
         batch_pairs=8,
         check_queries=4,
         loop=LoopConfig(num_steps=6),

@@ -1,4 +1,4 @@
-"""The demo's labels: the judge grades 1,280 pairs of 160 train queries.
+"""The demo's labels: the judge grades 640 pairs of 80 train queries.
 
 Command: python -m train.label --config configs/demo/label.py --workdir work/demo/label
          --set judge=work/demo/judge/model
@@ -10,8 +10,8 @@ from train.label import LabelConfig
 
 
 def config() -> LabelConfig:
-    return LabelConfig(judge="work/demo/judge/model", num_queries=160)
+    return LabelConfig(judge="work/demo/judge/model", dtype="bfloat16", num_queries=80)
 
 
 def quick() -> LabelConfig:
-    return LabelConfig(judge="work/demo-quick/judge/model", num_queries=16, shard_pairs=64)
+    return LabelConfig(judge="work/demo-quick/judge/model", dtype="bfloat16", num_queries=16, shard_pairs=64)

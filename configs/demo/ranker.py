@@ -1,4 +1,4 @@
-"""The demo's ranker: the first 12 layers of SmolLM2, 1,536 pairs, judge's labels + gold + list-wise term.
+"""The demo's ranker: the first 12 layers of SmolLM2, 2,560 pairs, judge's labels + gold + list-wise term.
 
 Command: python -m train.ranker --config configs/demo/ranker.py --workdir work/demo/ranker
          --set labels=work/demo/label retriever=work/demo/encoder/model
@@ -12,16 +12,18 @@ from train.ranker import RankerConfig
 
 def config() -> RankerConfig:
     return RankerConfig(
+        dtype="bfloat16",
         labels="work/demo/label",
         retriever="work/demo/encoder/model",
         check_queries=20,
-        loop=LoopConfig(num_steps=48),
+        loop=LoopConfig(num_steps=80),
         optimizer=OptimizerConfig(learning_rate=3e-4, warmup_steps=10),
     )
 
 
 def quick() -> RankerConfig:
     return RankerConfig(
+        dtype="bfloat16",
         labels="work/demo-quick/label",
         retriever="work/demo-quick/encoder/model",
         layers=(0, 1, 2, 3),

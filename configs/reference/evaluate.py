@@ -13,6 +13,7 @@ from train.evaluate import EvaluateConfig
 
 def config() -> EvaluateConfig:
     return EvaluateConfig(
+        dtype="bfloat16",
         encoder="work/reference/encoder/model",
         judge="work/reference/judge/model",
         ranker="work/reference/ranker/model",

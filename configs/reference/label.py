@@ -11,7 +11,7 @@ from train.label import LabelConfig
 
 
 def config() -> LabelConfig:
-    return LabelConfig(judge="work/reference/judge/model", num_queries=480)
+    return LabelConfig(judge="work/reference/judge/model", dtype="bfloat16", num_queries=480)
 
 
 def quick() -> LabelConfig:

@@ -163,13 +163,19 @@ class CandidateSampler:
         mined = [key for key in self._mined[query_id] if key not in self._grades[query_id]]
         return {"graded": graded, "mined": mined}
 
-    def negatives(self, query_id: str, count: int, rng: np.random.Generator) -> list[str]:
-        """`count` documents below the threshold: graded and mined buckets in turn, then random ones."""
+    def negatives(
+        self, query_id: str, count: int, rng: np.random.Generator, *, random_share: float = 0.0
+    ) -> list[str]:
+        """`count` documents below the threshold: graded and mined buckets in turn, then random ones.
+
+        Args: `random_share` of them, and at least one, are random.
+        """
+        num_hard = count - max(1, round(random_share * count))
         buckets = [list(rng.permutation(keys)) for keys in self.buckets(query_id).values() if keys]
         drawn: list[str] = []
-        while len(drawn) < count - 1 and any(buckets):
+        while len(drawn) < num_hard and any(buckets):
             for bucket in buckets:
-                if bucket and len(drawn) < count - 1:
+                if bucket and len(drawn) < num_hard:
                     drawn.append(str(bucket.pop()))
         for place in rng.integers(len(self.documents), size=8 * count):
             if len(drawn) == count:
@@ -190,8 +196,13 @@ class CandidateSampler:
         if not self.is_relevant(query_id, document_id) and document_id not in drawn:
             drawn.append(document_id)
 
-    def pairs(self, query_id: str, count: int, rng: np.random.Generator) -> list[str]:
-        """`count` different documents of all grades: up to half positives, spread over grades, the rest negatives."""
+    def pairs(
+        self, query_id: str, count: int, rng: np.random.Generator, *, random_share: float = 0.0
+    ) -> list[str]:
+        """`count` different documents of all grades: up to half positives, spread over grades, the rest negatives.
+
+        Args: `random_share` is that of the negatives.
+        """
         by_grade: dict[int, list[str]] = {grade: [] for grade in range(self.threshold, NUM_GRADES)}
         for key in rng.permutation(np.array(self.positives(query_id), dtype=object)):
             by_grade[self.grade(query_id, key)].append(str(key))
@@ -200,7 +211,7 @@ class CandidateSampler:
             for keys in by_grade.values():
                 if keys and len(drawn) < (count + 1) // 2:
                     drawn.append(keys.pop())
-        return drawn + self.negatives(query_id, count - len(drawn), rng)
+        return drawn + self.negatives(query_id, count - len(drawn), rng, random_share=random_share)
 
 
 def allowed_in_batch(
