@@ -1,4 +1,4 @@
-"""The reference labels: the judge grades 3,840 pairs of 480 train queries.
+"""The reference labels: the judge grades 2,560 pairs of 320 train queries.
 
 Command: python -m train.label --config configs/reference/label.py --workdir work/reference/label
          --set judge=work/reference/judge/model
@@ -11,7 +11,7 @@ from train.label import LabelConfig
 
 
 def config() -> LabelConfig:
-    return LabelConfig(judge="work/reference/judge/model", dtype="bfloat16", num_queries=480)
+    return LabelConfig(judge="work/reference/judge/model", dtype="bfloat16", num_queries=320)
 
 
 def quick() -> LabelConfig:

@@ -2,7 +2,7 @@
 
 Command: python -m train.ranker --config configs/reference/ranker.py --workdir work/reference/ranker
          --set labels=work/reference/label retriever=work/reference/encoder/model
-Time: about 35 minutes on two cores (quick: one minute).
+Time: about 45 minutes on two cores (quick: one minute).
       `metrics.jsonl` has NDCG@10 every 100 steps: the learning curve.
 Numbers: in docs/results once measured.
 """
