@@ -9,26 +9,29 @@ from jaxsearch.nn.layers import matmul, project
 
 RNG = np.random.default_rng(0)
 ROWS, KERNEL, WEIGHT = (RNG.normal(size=shape).astype(np.float32) for shape in ((37, 64), (64, 24), (37, 24)))
+NARROWING = ROWS, KERNEL, WEIGHT
+WIDENING = WEIGHT, KERNEL.T, ROWS
 
 
-def value_and_gradients(product, dtype):
+def value_and_gradients(product, dtype, arrays):
     """Of a weighted sum of the product, the product itself, and the gradients by both operands."""
-    rows, kernel = jnp.asarray(ROWS, dtype), jnp.asarray(KERNEL, dtype)
+    rows, kernel = (jnp.asarray(array, dtype) for array in arrays[:2])
 
     def total(rows, kernel):
         made = product(rows, kernel)
-        return (made.astype(jnp.float32) * WEIGHT).sum(), made
+        return (made.astype(jnp.float32) * arrays[2]).sum(), made
 
     gradients, made = jax.jit(jax.grad(total, argnums=(0, 1), has_aux=True))(rows, kernel)
     return made, *gradients
 
 
 @pytest.mark.parametrize(("dtype", "bound"), [(jnp.float32, 1e-5), (jnp.bfloat16, 0.01)])
-def test_products_and_gradients_are_those_of_float64(dtype, bound):
-    wide = [np.asarray(jnp.asarray(array, dtype), np.float64) for array in (ROWS, KERNEL, WEIGHT)]
+@pytest.mark.parametrize("arrays", [NARROWING, WIDENING], ids=["narrowing", "widening"])
+def test_products_and_gradients_are_those_of_float64(dtype, bound, arrays):
+    wide = [np.asarray(jnp.asarray(array, dtype), np.float64) for array in arrays]
     rows, kernel, weight = wide
     expected = rows @ kernel, weight @ kernel.T, rows.T @ weight
-    for found, exact in zip(value_and_gradients(matmul, dtype), expected, strict=True):
+    for found, exact in zip(value_and_gradients(matmul, dtype, arrays), expected, strict=True):
         assert found.dtype == dtype
         error = np.abs(np.asarray(found, np.float64) - exact).max() / np.abs(exact).max()
         assert error < bound  # measured 2.5e-7 in float32, 2.6e-3 in bfloat16

@@ -1,54 +1,16 @@
 """The server over real HTTP on loopback, with a real bundle of tiny random models."""
 
 import base64
-import concurrent.futures
-import contextlib
 import json
-import os
 import re
-import signal
-import subprocess
-import sys
-import time
 
-import httpx
 import numpy as np
 import pytest
+from live_server import running, wait_until_ready
 from tiny_bundle import DOCUMENTS, MAX_ITEM_TOKENS, write_tiny_bundle
 
 from jaxsearch.bundle import load_bundle
 from jaxsearch.scoring.prefill import ScoreRequest
-
-READY_SECONDS = 180
-
-
-@contextlib.contextmanager
-def running(bundle, log, *options):
-    """`python -m serve.main` on a free port; yields the process and a client."""
-    command = [sys.executable, "-m", "serve.main", "--bundle", str(bundle), "--port", "0", *options]
-    environment = {**os.environ, "JAXSEARCH_CACHE": str(bundle.parent / "cache")}
-    with log.open("w") as output:
-        process = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT, env=environment)
-    try:
-        deadline = time.monotonic() + READY_SECONDS
-        while not (found := re.search(r"http://[\d.:]+", log.read_text())):
-            assert process.poll() is None, log.read_text()
-            assert time.monotonic() < deadline
-            time.sleep(0.05)
-        with httpx.Client(base_url=found[0], timeout=60) as client:
-            yield process, client
-    finally:
-        process.kill()
-        process.wait()
-
-
-def wait_until_ready(client):
-    deadline = time.monotonic() + READY_SECONDS
-    while (reply := client.get("/ready")).status_code != 200:
-        assert reply.status_code == 503
-        assert int(reply.headers["retry-after"]) >= 1
-        assert time.monotonic() < deadline, reply.text
-        time.sleep(0.2)
 
 
 @pytest.fixture(scope="module")
@@ -413,37 +375,3 @@ def test_two_hundred_random_requests_compile_nothing(server):
     assert metric(server, "recompiles_total") == 0
     assert metric(server, "ready") == 1
     assert server.get("/info").json()["num_programs"] == programs
-
-
-def test_overload_is_429_with_a_retry_after_that_works(bundle_directory, tmp_path):
-    body = {"query": "a", "documents": ["b" * 40] * 200}
-    with running(bundle_directory, tmp_path / "log", "--max-queue-tokens", "1000") as (process, client):
-        wait_until_ready(client)
-        with concurrent.futures.ThreadPoolExecutor(12) as pool:
-            replies = list(pool.map(lambda _: client.post("/v1/rerank", json=body), range(24)))
-            statuses = {reply.status_code for reply in replies}
-            assert statuses == {200, 429}
-            refused = next(reply for reply in replies if reply.status_code == 429)
-            assert "tokens wait already, at most 1000 may" in refused.json()["message"]
-            time.sleep(int(refused.headers["retry-after"]))
-            assert client.post("/v1/rerank", json=body).status_code == 200
-            # SIGTERM with requests in flight: every accepted one is answered
-            flight = pool.submit(client.post, "/v1/rerank", json={**body, "documents": ["b" * 40] * 1000})
-            while client.get("/info").json()["queue_tokens"] == 0:
-                assert not flight.done()
-            process.send_signal(signal.SIGTERM)
-            assert flight.result(60).status_code == 200
-        process.wait(60)
-
-
-def test_a_damaged_bundle_and_a_taken_port_are_one_line(bundle_directory, tmp_path, server):
-    for options, message in (
-        (["--bundle", str(tmp_path)], "cannot read"),
-        (["--bundle", str(bundle_directory), "--port", str(server.base_url.port)], "cannot listen on"),
-    ):
-        done = subprocess.run(
-            [sys.executable, "-m", "serve.main", *options], capture_output=True, text=True, check=False
-        )
-        assert done.returncode == 2
-        assert message in done.stderr
-        assert len(done.stderr.splitlines()) == 1

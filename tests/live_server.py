@@ -1,0 +1,41 @@
+"""The server as a process of its own, for tests that talk to it over loopback."""
+
+import contextlib
+import os
+import re
+import subprocess
+import sys
+import time
+
+import httpx
+
+READY_SECONDS = 180
+
+
+@contextlib.contextmanager
+def running(bundle, log, *options):
+    """`python -m serve.main` on a free port; yields the process and a client."""
+    command = [sys.executable, "-m", "serve.main", "--bundle", str(bundle), "--port", "0", *options]
+    environment = {**os.environ, "JAXSEARCH_CACHE": str(bundle.parent / "cache")}
+    with log.open("w") as output:
+        process = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT, env=environment)
+    try:
+        deadline = time.monotonic() + READY_SECONDS
+        while not (found := re.search(r"http://[\d.:]+", log.read_text())):
+            assert process.poll() is None, log.read_text()
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+        with httpx.Client(base_url=found[0], timeout=60) as client:
+            yield process, client
+    finally:
+        process.kill()
+        process.wait()
+
+
+def wait_until_ready(client):
+    deadline = time.monotonic() + READY_SECONDS
+    while (reply := client.get("/ready")).status_code != 200:
+        assert reply.status_code == 503
+        assert int(reply.headers["retry-after"]) >= 1
+        assert time.monotonic() < deadline, reply.text
+        time.sleep(0.2)

@@ -1,0 +1,57 @@
+"""The life of the server process: overload, SIGTERM under load, and a start that cannot be."""
+
+import concurrent.futures
+import signal
+import socket
+import subprocess
+import sys
+import time
+
+import pytest
+from live_server import running, wait_until_ready
+from tiny_bundle import write_tiny_bundle
+
+
+@pytest.fixture(scope="module")
+def bundle_directory(tmp_path_factory):
+    return write_tiny_bundle(tmp_path_factory.mktemp("bundle"))
+
+
+def test_overload_is_429_with_a_retry_after_that_works(bundle_directory, tmp_path):
+    body = {"query": "a", "documents": ["b" * 40] * 200}
+    with running(bundle_directory, tmp_path / "log", "--max-queue-tokens", "1000") as (process, client):
+        wait_until_ready(client)
+        with concurrent.futures.ThreadPoolExecutor(12) as pool:
+            replies = list(pool.map(lambda _: client.post("/v1/rerank", json=body), range(24)))
+            statuses = {reply.status_code for reply in replies}
+            assert statuses == {200, 429}
+            refused = next(reply for reply in replies if reply.status_code == 429)
+            assert "tokens wait already, at most 1000 may" in refused.json()["message"]
+            time.sleep(int(refused.headers["retry-after"]))
+            assert client.post("/v1/rerank", json=body).status_code == 200
+            # SIGTERM with requests in flight: every accepted one is answered
+            flight = pool.submit(client.post, "/v1/rerank", json={**body, "documents": ["b" * 40] * 1000})
+            while client.get("/info").json()["queue_tokens"] == 0:
+                assert not flight.done()
+            process.send_signal(signal.SIGTERM)
+            assert flight.result(60).status_code == 200
+        process.wait(60)
+
+
+@pytest.fixture
+def taken_port():
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        yield listener.getsockname()[1]
+
+
+def test_a_damaged_bundle_and_a_taken_port_are_one_line(bundle_directory, tmp_path, taken_port):
+    for options, message in (
+        (["--bundle", str(tmp_path)], "cannot read"),
+        (["--bundle", str(bundle_directory), "--port", str(taken_port)], "cannot listen on"),
+    ):
+        done = subprocess.run(
+            [sys.executable, "-m", "serve.main", *options], capture_output=True, text=True, check=False
+        )
+        assert done.returncode == 2
+        assert message in done.stderr
+        assert len(done.stderr.splitlines()) == 1
