@@ -35,6 +35,9 @@ from train.inputs import load_data, load_retriever, offline_scorer, pair_texts, 
 from train.loop import LoopConfig, OptimizerConfig, fit
 from train.options import claim, run, write_json
 
+CHECK_RANDOM_SHARE = 0.5
+"""`random_share` of the pairs that agreement is measured on, whatever the judge was trained on."""
+
 
 @dataclasses.dataclass(frozen=True)
 class JudgeConfig:
@@ -65,7 +68,7 @@ class JudgeConfig:
     mined_depth: int = 30
     """How many of the retriever's best documents are looked at for hard negatives."""
     random_share: float = 0.5
-    """Of the documents below the threshold, how many are random ones instead of graded or mined ones."""
+    """Of a train query's documents below the threshold, how many are random instead of graded or mined ones."""
     batch_pairs: int = 16
     grade_smoothing: float = 0.1
     """Share of the target that goes to the neighbouring grades."""
@@ -149,7 +152,9 @@ def main(config: JudgeConfig, workdir: Path) -> None:
     )
     retriever = load_retriever(config.retriever)
 
-    def sample(split: str, num_queries: int) -> tuple[list[tuple[str, str]], list[int], list[str]]:
+    def sample(
+        split: str, num_queries: int, random_share: float
+    ) -> tuple[list[tuple[str, str]], list[int], list[str]]:
         pairs = sample_pairs(
             collection,
             vertical,
@@ -159,16 +164,15 @@ def main(config: JudgeConfig, workdir: Path) -> None:
             per_query=config.pairs_per_query,
             view=config.view,
             depth=config.mined_depth,
-            random_share=config.random_share,
+            random_share=random_share,
             seed=config.seed,
             is_graded=True,
         )
         texts = pair_texts(collection, vertical, pairs, view=config.view)
         return texts, [collection.grade(*pair) for pair in pairs], [pair[0] for pair in pairs]
 
-    texts, grades, _ = sample(
-        "train", -(-config.loop.num_steps * config.batch_pairs // config.pairs_per_query)
-    )
+    num_queries = -(-config.loop.num_steps * config.batch_pairs // config.pairs_per_query)
+    texts, grades, _ = sample("train", num_queries, config.random_share)
     data = JudgeData(judge, texts, grades, config)
     result = fit(
         judge.judge,
@@ -181,7 +185,8 @@ def main(config: JudgeConfig, workdir: Path) -> None:
     )
     merge_lora(decoder)
     report = {
-        split: agreement(judge, *sample(split, config.check_queries)) for split in ("validation", "test")
+        split: agreement(judge, *sample(split, config.check_queries, CHECK_RANDOM_SHARE))
+        for split in ("validation", "test")
     }
     trained = {"collection": collection.fingerprint(), "steps": result.step, "agreement": report}
     save_judge(workdir / "model", judge, trained=trained)

@@ -13,7 +13,9 @@ from train.loop import LoopConfig
 
 
 def config() -> JudgeConfig:
-    return dataclasses.replace(judge.config(), check_queries=25, loop=LoopConfig(num_steps=80))
+    return dataclasses.replace(
+        judge.config(), random_share=1.0, check_queries=25, loop=LoopConfig(num_steps=80)
+    )
 
 
 def quick() -> JudgeConfig:

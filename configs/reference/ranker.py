@@ -2,7 +2,7 @@
 
 Command: python -m train.ranker --config configs/reference/ranker.py --workdir work/reference/ranker
          --set labels=work/reference/label retriever=work/reference/encoder/model
-Time: about 45 minutes on two cores (quick: one minute).
+Time: about 45 minutes on two cores, estimated (quick: one minute).
       `metrics.jsonl` has NDCG@10 every 100 steps: the learning curve.
 Numbers: in docs/results once measured.
 """
@@ -19,6 +19,7 @@ def config() -> RankerConfig:
         ranker.config(),
         labels="work/reference/label",
         retriever="work/reference/encoder/model",
+        random_share=(1.0, 0.0),
         check_queries=40,
         loop=LoopConfig(num_steps=600, checkpoint_every=100, evaluate_every=100),
     )

@@ -2,7 +2,7 @@
 
 Command: python -m train.ranker --config configs/reference/ranker_judge.py --workdir work/reference/ranker_judge
          --set labels=work/reference/label retriever=work/reference/encoder/model
-Time: about 9 minutes on two cores (quick: one minute); 2,560 pairs.
+Time: about 9 minutes on two cores, estimated (quick: one minute); 2,560 pairs.
 Numbers: in docs/results once measured.
 """
 
