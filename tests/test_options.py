@@ -11,7 +11,6 @@ import pytest
 import rich.console
 
 from jaxsearch.errors import InputError
-from train import options
 from train.options import describe, load_config, override, progress, run, write_json
 
 
@@ -211,14 +210,13 @@ def test_json_is_whole_or_as_before(tmp_path):
     assert [entry.name for entry in path.parent.iterdir()] == ["report.json"]
 
 
-def test_progress_without_a_terminal_prints_the_end(monkeypatch):
+def test_progress_without_a_terminal_prints_the_end():
     console = rich.console.Console(file=io.StringIO(), force_terminal=False)
     with progress("labels", 3, done=1, console=console) as advance:
         advance(text="slow")
         advance(text="done")
     assert console.file.getvalue() == "labels 3/3 done\n"
-    monkeypatch.setattr(options, "SILENT_SECONDS", 0.0)
-    with progress("labels", 3, console=console) as advance:
+    with progress("labels", 3, console=console, silent_seconds=0) as advance:
         advance(2)
     assert console.file.getvalue().endswith("labels 2/3\n")
 

@@ -16,6 +16,7 @@ from train import encoder as encoder_trainer
 from train import judge as judge_trainer
 from train import label as labeller
 from train import ranker as ranker_trainer
+from train.inputs import load_data, load_retriever, mine
 from train.loop import LoopConfig
 from train.step import OptimizerConfig
 
@@ -183,3 +184,22 @@ def test_without_gold_only_labelled_pairs_are_used(world, tmp_path):
 def test_missing_labels_say_which_command_makes_them(world, tmp_path):
     with pytest.raises(InputError, match=r"train\.label"):
         ranker_trainer.main(ranker_config(world, str(tmp_path / "none")), tmp_path / "ranker")
+
+
+def test_hard_negatives_replace_random_ones_as_the_ranker_learns(world):
+    config = ranker_config(world, "", random_share=(1.0, 0.0))
+    ranker = load_ranker(world["ranker"])
+    collection, vertical = load_data(config, needs=("train",))
+    queries = collection.split("train")
+    mined = mine(load_retriever(config.retriever), collection, queries, vertical, view=config.view, depth=3)
+    data = ranker_trainer.RankerData(ranker, collection, vertical, mined, [], config)
+    sampler = data.sampler
+    hard = {key: [one for keys in sampler.buckets(key).values() for one in keys] for key in data.queries}
+
+    def hard_share(step):
+        rng = np.random.default_rng(0)
+        drawn = [(key, data.candidates(key, step, rng)) for key in data.queries * 9]
+        negatives = [(key, one) for key, keys in drawn for one in keys if not sampler.is_relevant(key, one)]
+        return np.mean([one in hard[key] for key, one in negatives])
+
+    assert hard_share(config.loop.num_steps) > hard_share(0)

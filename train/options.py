@@ -36,7 +36,6 @@ from jaxsearch.errors import InputError
 
 EXIT_INPUT_ERROR = 2
 EXIT_INTERRUPTED = 130
-SILENT_SECONDS = 30.0
 
 
 def run(
@@ -193,15 +192,20 @@ def describe(config: Any, prefix: str = "") -> dict[str, Any]:
 
 @contextlib.contextmanager
 def progress(
-    description: str, total: int, *, done: int = 0, console: rich.console.Console | None = None
+    description: str,
+    total: int,
+    *,
+    done: int = 0,
+    console: rich.console.Console | None = None,
+    silent_seconds: float = 30.0,
 ) -> Iterator[Callable[..., None]]:
-    """A progress bar on a terminal, a line every half minute elsewhere; yields `advance(count=1, text="")`.
+    """A progress bar on a terminal, elsewhere a line after `silent_seconds`; yields `advance(count=1, text="")`.
 
     `text` stands beside the bar (a loss, a speed) until the next one.
     """
     console = console or rich.console.Console(stderr=True)
     if not console.is_terminal:
-        yield _line_reporter(description, total, done, console)
+        yield _line_reporter(description, total, done, console, silent_seconds)
         return
     columns = (
         rich.progress.TextColumn("{task.description}"),
@@ -223,13 +227,13 @@ def progress(
 
 
 def _line_reporter(
-    description: str, total: int, done: int, console: rich.console.Console
+    description: str, total: int, done: int, console: rich.console.Console, silent_seconds: float
 ) -> Callable[..., None]:
     state = {"done": done, "printed": time.monotonic()}
 
     def advance(count: int = 1, text: str = "") -> None:
         state["done"] += count
-        if time.monotonic() - state["printed"] >= SILENT_SECONDS or state["done"] == total:
+        if time.monotonic() - state["printed"] >= silent_seconds or state["done"] == total:
             state["printed"] = time.monotonic()
             console.print(f"{description} {state['done']}/{total} {text}".rstrip(), highlight=False)
 
