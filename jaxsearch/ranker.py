@@ -19,7 +19,7 @@ from jaxsearch import checkpoints, losses
 from jaxsearch.data.prompts import PromptEncoder, PromptTemplate, PromptTokens
 from jaxsearch.data.tokenizer import Tokenizer
 from jaxsearch.errors import InputError
-from jaxsearch.nn.transformer import Decoder, last_hidden
+from jaxsearch.nn.transformer import Decoder
 
 LABELS = ("Yes", "No")
 
@@ -35,18 +35,16 @@ class Ranker(nnx.Module):
         self,
         prefix_tokens: Int[Array, "q p"],
         prefix_where: Bool[Array, "q p"],
-        *items: tuple[Int[Array, "q _ _"], Bool[Array, "q _ _"]],
+        item_tokens: Int[Array, "q r t"],
+        segment_ids: Int[Array, "q r t"],
+        ends: Int[Array, "q c"],
     ) -> Float[Array, "q c"]:
-        """Float32 logits; a candidate without any token gives a meaningless but finite one.
-
-        Args: `items` are (tokens, where) [q, c, t] of one or more groups of candidates, c summing over them.
-        """
+        """Float32 logits. The arguments are those of `RankerBatch`."""
         _, prefix = self.decoder.prefill(prefix_tokens, prefix_where)
-        labels = jnp.asarray(self.label_ids, jnp.int32)
-        answers = [
-            last_hidden(self.decoder.attend_prefix(tokens, where, prefix), where) for tokens, where in items
-        ]
-        logits = self.decoder.logits(jnp.concatenate(answers, axis=1), labels)
+        hidden = self.decoder.attend_prefix(item_tokens, segment_ids > 0, prefix, segment_ids=segment_ids)
+        rows = hidden.reshape(hidden.shape[0], -1, hidden.shape[-1])  # [q (r t) d]
+        answers = jnp.take_along_axis(rows, ends[..., None], axis=1)
+        logits = self.decoder.logits(answers, jnp.asarray(self.label_ids, jnp.int32))
         return logits[..., 0] - logits[..., 1]
 
 
@@ -55,13 +53,16 @@ class Ranker(nnx.Module):
 class RankerBatch:
     """q queries with c candidates each; every label has its own `where`, so that any may be missing.
 
-    Candidates come in groups of like length along c, as (tokens, where). `teacher` is the judge's soft label in
-    [0, 1]; `gold` is the human or derived grade divided by 4.
+    A query's candidates stand one after another in its r rows, told apart by `segment_ids` (0: padding); `ends` are
+    the places of their last tokens in the rows put end to end, any place for a candidate that is missing.
+    `teacher` is the judge's soft label in [0, 1]; `gold` is the human or derived grade divided by 4.
     """
 
     prefix_tokens: Int[Any, "q p"]
     prefix_where: Bool[Any, "q p"]
-    items: tuple[tuple[Int[Any, "q _ _"], Bool[Any, "q _ _"]], ...]
+    item_tokens: Int[Any, "q r t"]
+    segment_ids: Int[Any, "q r t"]
+    ends: Int[Any, "q c"]
     teacher: Float[Any, "q c"]
     teacher_where: Bool[Any, "q c"]
     gold: Float[Any, "q c"]
@@ -83,7 +84,9 @@ class RankerLoss:
     list_temperature: float = 0.25
 
     def __call__(self, ranker: Ranker, batch: RankerBatch):
-        logits = ranker(batch.prefix_tokens, batch.prefix_where, *batch.items)
+        logits = ranker(
+            batch.prefix_tokens, batch.prefix_where, batch.item_tokens, batch.segment_ids, batch.ends
+        )
         teacher = losses.binary_distillation(logits, batch.teacher, where=batch.teacher_where)
         gold = losses.binary_distillation(logits, batch.gold, where=batch.gold_where)
         use_gold = batch.gold_where if self.gold_weight > 0 else jnp.zeros_like(batch.gold_where)
@@ -97,7 +100,7 @@ class RankerLoss:
             + self.gold_weight * _mean(gold, batch.gold_where)
             + self.list_weight * listwise
         )
-        tokens = batch.prefix_where.sum() + sum(where.sum() for _, where in batch.items)
+        tokens = batch.prefix_where.sum() + (batch.segment_ids > 0).sum()
         metrics = {
             "teacher": _mean(teacher, batch.teacher_where).mean(),
             "gold": _mean(gold, batch.gold_where).mean(),

@@ -12,6 +12,7 @@ from jaxsearch.data.batches import (
     allowed_in_batch,
     group_pairs,
     multiples,
+    pack_tokens,
     pad_by_length,
     pad_tokens,
     shuffled,
@@ -85,6 +86,31 @@ def test_rows_padded_in_groups_are_found_at_their_place(rows):
     groups, place = pad_by_length(rows, pad_id=0, lengths=(4, 8, 12))
     kept = [tokens[i][where[i]].tolist() for tokens, where in groups for i in range(len(tokens))]
     assert [kept[i] for i in place] == rows
+
+
+@given(
+    st.integers(1, 4).flatmap(
+        lambda c: st.lists(
+            st.lists(st.lists(st.integers(1, 9), max_size=6), min_size=c, max_size=c), min_size=1, max_size=3
+        )
+    ),
+    st.integers(1, 3),
+)
+def test_packed_items_stand_whole_and_end_where_it_is_said(lists, rows):
+    tokens, segment_ids, ends = pack_tokens(lists, rows=rows, pad_id=0, lengths=(3, 30))
+    assert tokens.shape == segment_ids.shape == (len(lists), rows, tokens.shape[2])
+    assert (tokens[segment_ids == 0] == 0).all()
+    for items, row_tokens, row_segments, row_ends in zip(lists, tokens, segment_ids, ends, strict=True):
+        for number, (item, end) in enumerate(zip(items, row_ends, strict=True), start=1):
+            places = np.flatnonzero(row_segments == number)
+            assert row_tokens.ravel()[places].tolist() == item
+            assert len({place // tokens.shape[2] for place in places}) <= 1
+            assert places.tolist() == list(range(end + 1 - len(item), end + 1)) or not item
+
+
+def test_a_row_that_is_too_long_is_refused():
+    with pytest.raises(InputError, match="5 tokens do not fit into a row of 4"):
+        pack_tokens([[[1, 2, 3], [4, 5]]], rows=1, pad_id=0, lengths=(4,))
 
 
 def test_epochs_differ():

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from jaxsearch.data.batches import pack_tokens
 from jaxsearch.errors import InputError
 from jaxsearch.nn.transformer import last_hidden
 from jaxsearch.ranker import Ranker, RankerBatch, RankerLoss, TextRanker, load_ranker, save_ranker
@@ -24,11 +25,12 @@ def random_batch(seed=0):
     where[:, 2, 4:] = False
     prefix_where = np.ones((2, 4), bool)
     prefix_where[1, 3:] = False
-    items, where = jnp.asarray(rng.integers(0, 48, (2, 3, 5)), jnp.int32), jnp.asarray(where)
+    items = [[rng.integers(0, 48, kept.sum()).tolist() for kept in rows] for rows in where]
+    packed = map(jnp.asarray, pack_tokens(items, rows=2, pad_id=0, lengths=(16,)))
     return RankerBatch(
         jnp.asarray(rng.integers(0, 48, (2, 4)), jnp.int32),
         jnp.asarray(prefix_where),
-        ((items[:, :2], where[:, :2]), (items[:, 2:, :4], where[:, 2:, :4])),
+        *packed,
         jnp.asarray(rng.random((2, 3)), jnp.float32),
         jnp.asarray([[True, True, False], [True, False, True]]),
         jnp.asarray(rng.integers(0, 5, (2, 3)) / 4, jnp.float32),
@@ -39,12 +41,13 @@ def random_batch(seed=0):
 def test_a_logit_is_that_of_the_whole_prompt_alone():
     decoder, batch = make(LLAMA), random_batch()
     ranker = Ranker(decoder, label_ids=LABEL_IDS)
-    together = nnx.jit(Ranker.__call__)(ranker, batch.prefix_tokens, batch.prefix_where, *batch.items)
-    rows = [(tokens[:, c], where[:, c]) for tokens, where in batch.items for c in range(tokens.shape[1])]
+    together = nnx.jit(Ranker.__call__)(
+        ranker, batch.prefix_tokens, batch.prefix_where, batch.item_tokens, batch.segment_ids, batch.ends
+    )
     for q in range(2):
-        for c, (tokens, where) in enumerate(rows):
+        for c in range(3):
             prefix = batch.prefix_tokens[q][batch.prefix_where[q]]
-            item = tokens[q][where[q]]
+            item = batch.item_tokens[q][batch.segment_ids[q] == c + 1]
             tokens = jnp.concatenate([prefix, item])[None]
             hidden = last_hidden(decoder(tokens), jnp.ones(tokens.shape, bool))
             yes, no = decoder.logits(hidden)[0, jnp.asarray(LABEL_IDS)]

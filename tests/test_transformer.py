@@ -57,8 +57,9 @@ def _forward(model, tokens, where):
 
 
 @nnx.jit
-def _behind_prefix(model, prefix, prefix_where, items, where):
-    return model.attend_prefix(items, where, model.prefill(prefix, prefix_where)[1])
+def _behind_prefix(model, prefix, prefix_where, items, where, segment_ids=None):
+    prefix = model.prefill(prefix, prefix_where)[1]
+    return model.attend_prefix(items, where, prefix, segment_ids=segment_ids)
 
 
 def _random_tokens(rng, *shape):
@@ -115,6 +116,25 @@ def test_items_behind_a_prefix_equal_one_by_one(name, seed):
         one = shared[row // 3, row % 3, : end - start]
         np.testing.assert_allclose(one, alone[row, start:end], atol=TOLERANCE)
     assert bool(jnp.isfinite(shared).all())
+
+
+@settings(deadline=None, max_examples=15)
+@given(name=st.sampled_from(sorted(CONFIGS)), seed=st.integers(0, 10**6))
+def test_items_in_one_row_equal_items_in_rows_of_their_own(name, seed):
+    model, rng = _model(CONFIGS[name]), np.random.default_rng(seed)
+    prefix, prefix_where = _random_tokens(rng, 2, 5), _up_to(rng.integers(0, 6, 2), 5)
+    items, lengths = _random_tokens(rng, 2, 3, 4), rng.integers(1, 5, (2, 3))
+    where = _up_to(lengths, 4)
+    apart = _behind_prefix(model, prefix, prefix_where, items, where)
+    row, segment_ids = np.zeros((2, 1, 14), np.int32), np.zeros((2, 1, 14), np.int32)
+    for q in range(2):
+        row[q, 0, : lengths[q].sum()] = items[q][where[q]]
+        segment_ids[q, 0, : lengths[q].sum()] = np.repeat([1, 2, 3], lengths[q])
+    segment_ids = jnp.asarray(segment_ids)
+    packed = _behind_prefix(model, prefix, prefix_where, jnp.asarray(row), segment_ids > 0, segment_ids)
+    for q in range(2):
+        np.testing.assert_allclose(packed[q, 0, : lengths[q].sum()], apart[q][where[q]], atol=TOLERANCE)
+    assert bool(jnp.isfinite(packed).all())
 
 
 @pytest.mark.parametrize("use_remat", [False, True])

@@ -155,12 +155,9 @@ def training(config: GpuSuiteConfig, peak: float) -> dict[str, Any]:
     batch = RankerBatch(
         rng.integers(0, config.vocab_size, (shape[0], config.prefix_tokens)).astype(np.int32),
         np.ones((shape[0], config.prefix_tokens), bool),
-        (
-            (
-                rng.integers(0, config.vocab_size, (*shape, config.train_item_tokens)).astype(np.int32),
-                np.ones((*shape, config.train_item_tokens), bool),
-            ),
-        ),
+        rng.integers(0, config.vocab_size, (*shape, config.train_item_tokens)).astype(np.int32),
+        np.ones((*shape, config.train_item_tokens), np.int32),
+        np.tile(config.train_item_tokens * np.arange(1, shape[1] + 1, dtype=np.int32) - 1, (shape[0], 1)),
         rng.random(shape, np.float32),
         np.ones(shape, bool),
         rng.random(shape, np.float32),

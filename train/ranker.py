@@ -20,6 +20,7 @@ from jaxsearch.data.batches import (
     CandidateSampler,
     group_pairs,
     multiples,
+    pack_tokens,
     pad_tokens,
     shuffled,
     step_batches,
@@ -39,6 +40,9 @@ from train.inputs import load_data, load_retriever, mine, offline_scorer, seen_q
 from train.label import Label, read_labels
 from train.loop import LoopConfig, OptimizerConfig, fit
 from train.options import claim, run, write_json
+
+ITEMS_PER_ROW = 4
+"""Candidates are packed into rows: longer rows pad less, and compute more attention that their mask throws away."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -149,38 +153,25 @@ class RankerData:
         teacher_where, gold_where = np.zeros(shape, bool), np.zeros(shape, bool)
         lists: list[list[Sequence[int]]] = []
         for i, query_id in enumerate(query_ids):
-            keys = sorted(self.candidates(query_id, step, rng), key=lambda key: len(self.items[key]))
-            missing = width - len(keys)
-            lists.append([*[()] * missing, *(self.items[key] for key in keys)])
-            gold_where[i, missing:] = config.use_gold
-            for j, key in enumerate(keys, start=missing):
+            keys = self.candidates(query_id, step, rng)
+            lists.append([*(self.items[key] for key in keys), *[()] * (width - len(keys))])
+            gold_where[i, : len(keys)] = config.use_gold
+            for j, key in enumerate(keys):
                 gold[i, j] = self.sampler.grade(query_id, key) / MAX_GRADE
                 if (query_id, key) in self.teacher:
                     teacher[i, j], teacher_where[i, j] = self.teacher[query_id, key], True
         prefix_tokens, prefix_where = pad_tokens(
             [self.prefixes[key] for key in query_ids],
             pad_id=self.pad_id,
-            lengths=multiples(32, config.max_shared_tokens),
+            lengths=multiples(48, config.max_shared_tokens),
         )
-        return RankerBatch(
-            prefix_tokens, prefix_where, self._groups(lists), teacher, teacher_where, gold, gold_where
+        packed = pack_tokens(
+            lists,
+            rows=-(-width // ITEMS_PER_ROW),
+            pad_id=self.pad_id,
+            lengths=multiples(32, width * config.max_item_tokens),
         )
-
-    def _groups(self, lists: list[list[Sequence[int]]]) -> tuple[tuple[np.ndarray, np.ndarray], ...]:
-        """Each query's shorter candidates and its longest quarter apart, so that little is padded."""
-        width = self.config.candidates_per_query
-        cut = width - width // 4
-        groups = []
-        for part in ([items[:cut] for items in lists], [items[cut:] for items in lists]):
-            if part[0]:
-                tokens, where = pad_tokens(
-                    [item for items in part for item in items],
-                    pad_id=self.pad_id,
-                    lengths=multiples(32, self.config.max_item_tokens),
-                )
-                shape = (len(part), len(part[0]), -1)
-                groups.append((tokens.reshape(shape), where.reshape(shape)))
-        return tuple(groups)
+        return RankerBatch(prefix_tokens, prefix_where, *packed, teacher, teacher_where, gold, gold_where)
 
 
 def rerank(

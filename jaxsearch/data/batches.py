@@ -42,6 +42,46 @@ def pad_tokens(
     return tokens, where
 
 
+def pack_tokens(
+    lists: Sequence[Sequence[Sequence[int]]], *, rows: int, pad_id: int, lengths: Sequence[int]
+) -> tuple[Int[np.ndarray, "q r t"], Int[np.ndarray, "q r t"], Int[np.ndarray, "q c"]]:
+    """Puts each list's items one after another into `rows` rows, the longest first, each into the emptiest row.
+
+    Returns: tokens; segment_ids, 1 for a list's first item and so on, 0 for padding; and `ends` [q, c], the places of
+        the items' last tokens in the list's rows put end to end (0 for an item without tokens).
+    Raises: InputError when a row is longer than the longest of `lengths`.
+    Example:
+        >>> tokens, segment_ids, ends = pack_tokens([[[5], [6, 7, 8], [9, 4]]], rows=2, pad_id=0, lengths=(2, 4))
+        >>> tokens.tolist(), segment_ids.tolist(), ends.tolist()
+        ([[[6, 7, 8, 0], [9, 4, 5, 0]]], [[[2, 2, 2, 0], [3, 3, 1, 0]]], [[6, 2, 5]])
+    """
+    packed = [_pack([len(item) for item in items], rows) for items in lists]
+    longest = max(filled for _, filled in packed)
+    if longest > lengths[-1]:
+        raise InputError(f"{longest} tokens do not fit into a row of {lengths[-1]}")
+    length = lengths[bisect.bisect_left(lengths, longest)]
+    tokens = np.full((len(lists), rows, length), pad_id, np.int32)
+    segment_ids = np.zeros(tokens.shape, np.int32)
+    ends = np.zeros((len(lists), len(lists[0])), np.int32)
+    for i, (items, (places, _)) in enumerate(zip(lists, packed, strict=True)):
+        for j, (item, (row, start)) in enumerate(zip(items, places, strict=True)):
+            stop = start + len(item)
+            tokens[i, row, start:stop] = item
+            segment_ids[i, row, start:stop] = j + 1
+            ends[i, j] = row * length + stop - 1 if len(item) else 0
+    return tokens, segment_ids, ends
+
+
+def _pack(sizes: Sequence[int], rows: int) -> tuple[list[tuple[int, int]], int]:
+    """Row and start of each item, and how far the fullest row is filled."""
+    filled, places = [0] * rows, [(0, 0)] * len(sizes)
+    for item in sorted(range(len(sizes)), key=lambda item: -sizes[item]):
+        row = filled.index(min(filled))
+        places[item] = row, filled[row]
+        filled[row] += sizes[item]
+    return places, max(filled)
+
+
 def multiples(step: int, maximum: int) -> tuple[int, ...]:
     """`step, 2*step, … maximum`: padded lengths that waste at most `step - 1` tokens a row."""
     return (*range(step, maximum, step), maximum)

@@ -195,15 +195,27 @@ class Decoder(nnx.Module):
         return hidden, KeyValues(k, v, where)
 
     def attend_prefix(
-        self, tokens: Int[Array, "q c t"], where: Bool[Array, "q c t"], prefix: KeyValues
+        self,
+        tokens: Int[Array, "q c t"],
+        where: Bool[Array, "q c t"],
+        prefix: KeyValues,
+        *,
+        segment_ids: Int[Array, "q c t"] | None = None,
     ) -> Float[Array, "q c t d"]:
         """Hidden states of items that each follow their query's prefix and do not see one another.
 
         Equal to a call on prefix + item (fp32: within 1e-5) for the price of the item alone: the prefix's
         keys and values are shared by a query's items, and differentiated through. A prefix may be empty.
+
+        Args:
+            segment_ids: where rows hold several items one after another, which of them a token belongs to;
+                they do not see one another either, and each starts right behind the prefix.
         """
         self._check_length(prefix.where.shape[-1] + tokens.shape[-1])
-        mask = causal_mask(where)
+        mask, counts = causal_mask(where), _count(where)
+        if segment_ids is not None:
+            mask &= segment_ids[..., :, None] == segment_ids[..., None, :]
+            counts -= _first_count(counts, segment_ids)
         start = prefix.length[:, None, None]
 
         def attend(layer_prefix, queries, keys, values):
@@ -218,9 +230,7 @@ class Decoder(nnx.Module):
                 prefix_where=prefix.where,
             )
 
-        return self._run(tokens, start + _count(where), attend, (prefix.k, prefix.v), keep_key_values=False)[
-            0
-        ]
+        return self._run(tokens, start + counts, attend, (prefix.k, prefix.v), keep_key_values=False)[0]
 
     def logits(
         self, hidden: Float[Array, "*b d"], token_ids: Int[Array, "k"] | None = None
@@ -290,3 +300,9 @@ def last_hidden(hidden: Float[Array, "*b t d"], where: Bool[Array, "*b t"]) -> F
 def _count(where: Array) -> Array:
     """Positions from 0 over the kept tokens; padding repeats its predecessor's."""
     return jnp.maximum(jnp.cumsum(where, axis=-1, dtype=jnp.int32) - 1, 0)
+
+
+def _first_count(counts: Array, segment_ids: Array) -> Array:
+    """For each position, the count of the first one of its segment."""
+    is_first = jnp.diff(segment_ids, axis=-1, prepend=segment_ids[..., :1] - 1) != 0
+    return jax.lax.cummax(jnp.where(is_first, counts, 0), axis=counts.ndim - 1)
