@@ -22,11 +22,11 @@ from typing import Any
 
 from jaxsearch.buckets import Buckets
 from jaxsearch.calibration import IsotonicMap
-from jaxsearch.checkpoints import replace_folder
 from jaxsearch.data.records import Document
 from jaxsearch.data.verticals import Vertical, load_vertical
 from jaxsearch.encoder import TextEncoder, load_encoder
 from jaxsearch.errors import InputError
+from jaxsearch.files import read_json, read_object, replace_folder, sha256_hex
 from jaxsearch.ranker import TextRanker, load_ranker
 from jaxsearch.retrieval.exact import ExactIndex
 from jaxsearch.scoring.prefill import PrefillScorer, ScoreRequest
@@ -151,6 +151,11 @@ def write_bundle(
     if directory.exists() and any(directory.iterdir()) and not (directory / MANIFEST).is_file():
         raise InputError(f"{directory} is not empty and not a bundle; choose another directory")
     vertical = load_vertical(vertical_directory)
+    if lexical_view not in vertical.views:
+        raise InputError(
+            f"vertical {vertical.name} has no view {lexical_view!r} for BM25: set lexical_view to "
+            f"{' or '.join(vertical.views)}"
+        )
     encoder = load_encoder(encoder_directory)
     ranker = load_ranker(ranker_directory)
     if index.ids != [document.id for document in documents]:
@@ -175,7 +180,7 @@ def write_bundle(
         shutil.copytree(vertical_directory, part / "vertical", ignore=shutil.ignore_patterns("__pycache__"))
         lines = [json.dumps({"id": d.id, "fields": dict(d.fields)}, ensure_ascii=False) for d in documents]
         (part / "documents.jsonl").write_text("".join(line + "\n" for line in lines), encoding="utf-8")
-        index.metadata["documents_sha256"] = _sha256(part / "documents.jsonl")
+        index.metadata["documents_sha256"] = sha256_hex(part / "documents.jsonl")
         index.save(part / "index")
         if calibration is not None:
             calibration.save(part / "calibration.json")
@@ -194,7 +199,7 @@ def _write_manifest(
 ) -> None:
     """What is in the folder, byte for byte, and which versions belong together."""
     files = {
-        path: {"sha256": _sha256(part / path), "size_bytes": (part / path).stat().st_size}
+        path: {"sha256": sha256_hex(part / path), "size_bytes": (part / path).stat().st_size}
         for path in _files(part)
     }
     manifest = {
@@ -218,7 +223,7 @@ def load_bundle(directory: str | Path) -> Bundle:
     others.
     """
     directory = Path(directory)
-    manifest = _read_json(directory / MANIFEST)
+    manifest = read_object(directory / MANIFEST, hint="export the bundle again")
     if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
         raise InputError(f"{directory / MANIFEST} is not a bundle of format {FORMAT}; export it again")
     _check_files(directory, manifest)
@@ -285,7 +290,7 @@ def _load_checked(directory: Path, manifest: Mapping[str, Any]) -> Bundle:
         plan=plan,
         known_answers=[
             KnownAnswer(answer["query"], tuple(answer["documents"]), tuple(answer["scores"]))
-            for answer in _read_json(directory / "selftest.json")
+            for answer in read_json(directory / "selftest.json", hint="export the bundle again")
         ],
     )
 
@@ -297,7 +302,7 @@ def _check_files(directory: Path, manifest: Mapping[str, Any]) -> None:
     wrong = [f"missing: {path}" for path in sorted(listed.keys() - found)]
     wrong += [f"not in the manifest: {path}" for path in sorted(found - listed.keys())]
     for path in sorted(listed.keys() & found):
-        if _sha256(directory / path) != listed[path]["sha256"]:
+        if sha256_hex(directory / path) != listed[path]["sha256"]:
             wrong.append(f"changed: {path}")
     if wrong:
         raise InputError(f"{directory} is damaged; export it again\n  " + "\n  ".join(wrong))
@@ -309,17 +314,5 @@ def _files(directory: Path) -> list[str]:
     return sorted(path for path in paths if path != MANIFEST)
 
 
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
 def _write_json(path: Path, value: Any) -> None:
     path.write_text(json.dumps(value, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-
-
-def _read_json(path: Path) -> Any:
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise InputError(f"cannot read {path}: {error}; export the bundle again") from error

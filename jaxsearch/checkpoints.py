@@ -12,7 +12,6 @@ import hashlib
 import json
 import logging
 import math
-import os
 import shutil
 import tempfile
 from collections.abc import Callable, Mapping
@@ -27,6 +26,7 @@ from orbax.checkpoint.checkpoint_managers import preservation_policy
 
 from jaxsearch.data.tokenizer import Tokenizer
 from jaxsearch.errors import InputError
+from jaxsearch.files import read_object, replace_folder
 from jaxsearch.nn.bert import Bert
 from jaxsearch.nn.convert import load_pretrained, save_pretrained
 from jaxsearch.nn.transformer import Decoder
@@ -104,6 +104,7 @@ class TrainCheckpoints:
         layout = {name: [list(leaf.shape), str(leaf.dtype)] for name, leaf in named.items()}
         finite = {key: float(value) for key, value in (metrics or {}).items() if math.isfinite(value)}
         notes = {"step": step, "metrics": finite, "layout": layout, "sums": sums}
+        self.wait()  # the manager raises a former save's failure here, instead of saving
         try:
             self._manager.save(
                 step,
@@ -236,7 +237,7 @@ class LoadedModel:
 def save_model(
     directory: str | Path, model: Decoder | Bert, tokenizer: Tokenizer, card: Mapping[str, Any]
 ) -> None:
-    """Writes a model folder, in place of the one that may be there, so that a reader sees one or the other.
+    """Writes a model folder, then puts it in place of the one that may be there: never a half-written one.
 
     Args:
         card: JSON values; written to `jaxsearch.json` with "version" added (see `model_version`).
@@ -275,7 +276,7 @@ def load_model(
     path = Path(path)
     if not path.exists():
         raise InputError(f"{path}: no such model folder")
-    card = _read_card(path)
+    card = read_card(path)
     if "version" in card and card["version"] != model_version(path):
         raise InputError(
             f"{path}: its files are not those that {CARD} was written for; export the model again"
@@ -297,7 +298,7 @@ def model_version(path: str | Path) -> str:
     digest = hashlib.sha256()
     for file in files:
         if file.name == CARD:
-            card = {key: value for key, value in _read_card(path).items() if key != "version"}
+            card = {key: value for key, value in read_card(path).items() if key != "version"}
             digest.update(json.dumps(card, sort_keys=True).encode())
             continue
         digest.update(_file_digest(str(file), file.stat().st_size, file.stat().st_mtime_ns))
@@ -311,31 +312,14 @@ def _file_digest(path: str, size_bytes: int, modified_ns: int) -> bytes:
         return hashlib.file_digest(file, "sha256").digest()
 
 
-def _read_card(path: Path) -> dict[str, Any]:
-    file = path / CARD
-    if not file.is_file():
-        return {}
-    try:
-        card = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise InputError(f"{file}: not JSON ({error})") from None
-    if not isinstance(card, dict):
-        raise InputError(f"{file}: holds no JSON object")
-    return card
+def read_card(path: Path) -> dict[str, Any]:
+    """A model folder's card; empty where it has none."""
+    return read_object(path / CARD) if (path / CARD).is_file() else {}
 
 
 def _write_card(directory: Path, card: Mapping[str, Any]) -> None:
     text = json.dumps(dict(card), indent=2, ensure_ascii=False, allow_nan=False)
     (directory / CARD).write_text(text + "\n", encoding="utf-8")
-
-
-def replace_folder(temporary: Path, directory: Path) -> None:
-    """Puts a finished folder in the place of another; the old one is removed only after that."""
-    old = temporary.with_name(temporary.name + ".old")
-    if directory.exists():
-        os.replace(directory, old)
-    os.replace(temporary, directory)
-    shutil.rmtree(old, ignore_errors=True)
 
 
 def _named(arrays: Any) -> dict[str, jax.Array]:

@@ -20,6 +20,7 @@ FLOORS = {
     "metrics": 0,
     "buckets": 0,
     "sharding": 0,
+    "files": 0,
     "data": 1,
     "nn": 1,
     "calibration": 1,

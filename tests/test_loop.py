@@ -172,7 +172,7 @@ def test_a_run_killed_by_a_signal_ends_as_one_never_stopped(tmp_path, name, code
     assert killed.returncode == code, killed.stderr
     assert not (tmp_path / "params.npz").exists()
     if name == "SIGTERM":
-        assert "SIGTERM: saved step 8" in killed.stderr
+        assert "SIGTERM: stopped after step 8; the same command goes on from step 8" in killed.stderr
     again = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert again.returncode == 0, again.stderr
     # A save that SIGKILL finds under way is lost with its two steps more.

@@ -28,7 +28,9 @@ from typing import Any
 import rich.console
 import rich.table
 
+from jaxsearch.data.verticals import load_vertical
 from jaxsearch.errors import InputError
+from jaxsearch.files import read_object
 from train.options import run, write_json
 
 READY_SECONDS = 300
@@ -79,13 +81,17 @@ def stage_command(stage: Stage, config: PipelineConfig, workdir: Path) -> list[s
 
 
 def fingerprint(command: list[str], before: str) -> str:
-    """Of the command, everything in the config that it resolves to, and the stages `before` it."""
+    """Of the command, all of the config that it resolves to, the vertical's files, and the stages `before` it."""
     shown = subprocess.run(
         [sys.executable, *command, "--print-config"], capture_output=True, text=True, check=False
     )
     if shown.returncode:
         raise InputError(f"python {' '.join(command)} cannot start: {shown.stderr.strip()[-600:]}")
-    return hashlib.sha256("\n".join([before, *command, shown.stdout]).encode()).hexdigest()[:12]
+    digest = hashlib.sha256("\n".join([before, *command, shown.stdout]).encode())
+    vertical = next((line for line in shown.stdout.splitlines() if line.startswith("vertical=")), None)
+    if vertical:
+        digest.update(load_vertical(vertical.partition("=")[2]).fingerprint().encode())
+    return digest.hexdigest()[:12]
 
 
 def run_stage(
@@ -99,7 +105,7 @@ def run_stage(
     marker = workdir / stage.name / "stage.json"
     identity = fingerprint(command, before)
     if marker.exists():
-        if json.loads(marker.read_text())["config"] != identity:
+        if read_object(marker).get("config") != identity:
             raise InputError(
                 f"stage {stage.name} in {workdir} was done with another config: delete {workdir / stage.name} and the "
                 "stages after it, or choose another --workdir"

@@ -12,6 +12,7 @@ from typing import Literal
 
 import numpy as np
 
+from jaxsearch.checkpoints import model_version
 from jaxsearch.data.assets import resolve
 from jaxsearch.data.batches import (
     CandidateSampler,
@@ -24,7 +25,7 @@ from jaxsearch.data.batches import (
 )
 from jaxsearch.data.records import Collection, Query, Run
 from jaxsearch.data.tokenizer import Tokenizer
-from jaxsearch.data.verticals import Vertical, document_text
+from jaxsearch.data.verticals import Vertical
 from jaxsearch.encoder import Encoder, EncoderBatch, EncoderLoss, TextEncoder, save_encoder
 from jaxsearch.errors import InputError
 from jaxsearch.metrics import rank_metrics
@@ -90,8 +91,9 @@ class EncoderData:
             raise InputError("no train query has a relevant seen document: there is nothing to learn from")
         encoded = encoder.encode_queries([collection.queries[key].text for key in self.queries])
         self.query_tokens = dict(zip(self.queries, encoded, strict=True))
-        fields = vertical.views[config.view]
-        texts = [document_text(collection.documents[key], fields) for key in self.sampler.documents]
+        texts = [
+            vertical.document_text(collection.documents[key], config.view) for key in self.sampler.documents
+        ]
         encoded = encoder.encode_documents(texts)
         self.document_tokens = dict(zip(self.sampler.documents, encoded, strict=True))
         self.pad_id = encoder.tokenizer.pad_id
@@ -133,7 +135,7 @@ def validation_metrics(
     """Means over queries, seen documents only: what a checkpoint may be chosen by."""
     run_ = mine(encoder, collection, queries, vertical, view=view, depth=100)
     values = rank_metrics(
-        seen_qrels(collection, queries),
+        seen_qrels(collection, vertical, queries),
         run_,
         threshold=vertical.relevant_threshold,
         metrics=("ndcg@10", "recall@100"),
@@ -144,11 +146,19 @@ def validation_metrics(
 def main(config: EncoderConfig, workdir: Path) -> None:
     if config.optimizer.accumulate != 1:
         raise InputError("the encoder's negatives are the whole batch: leave optimizer.accumulate at 1")
+    if config.rounds < 1:
+        raise InputError("rounds must be at least 1")
     if config.documents_per_query < 2:
         raise InputError("documents_per_query must be at least 2: a positive and a negative")
-    collection, vertical = load_data(config, needs=("train", "validation"))
-    claim(workdir, config, data=collection.fingerprint())
+    collection, vertical = load_data(config, needs=("train", "validation"), view=config.view)
     directory = resolve(config.backbone)
+    claim(
+        workdir,
+        config,
+        data=collection.fingerprint(),
+        vertical=vertical.fingerprint(),
+        backbone=model_version(directory),
+    )
     encoder = Encoder(load_pretrained(directory, dtype=config.dtype), pooling=config.pooling)
     tokenizer = Tokenizer.from_path(directory)
 

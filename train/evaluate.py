@@ -317,7 +317,7 @@ def notes_of(
 
 
 def main(config: EvaluateConfig, workdir: Path) -> None:
-    collection, vertical = load_data(config)
+    collection, vertical = load_data(config, view=config.view)
     others = check(config, vertical)
     queries = draw(collection.split(config.split), config.num_queries, config.seed)
     if not queries:

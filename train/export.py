@@ -8,19 +8,20 @@ and `report.json`; serve it with `python -m serve.main --bundle work/export/bund
 """
 
 import dataclasses
-import json
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import rich.console
 
-from jaxsearch.bundle import write_bundle
+from jaxsearch.bundle import MANIFEST, write_bundle
 from jaxsearch.calibration import IsotonicMap, calibration_error, fit_isotonic
+from jaxsearch.checkpoints import read_card
 from jaxsearch.data.records import Collection, Query, Run
 from jaxsearch.data.verticals import Vertical
 from jaxsearch.encoder import load_encoder
 from jaxsearch.errors import InputError
+from jaxsearch.files import read_json, read_object
 from jaxsearch.ranker import load_ranker
 from jaxsearch.retrieval.exact import ExactIndex
 from train.inputs import load_data, mine, offline_scorer
@@ -124,11 +125,7 @@ def choose_triples(
 
 def model_card(config: ExportConfig, collection: Collection, facts: dict[str, Any]) -> str:
     """What people should know before they use the bundle."""
-    folders = {"encoder": Path(config.encoder), "ranker": Path(config.ranker)}
-    files = {kind: folder / "jaxsearch.json" for kind, folder in folders.items()}
-    cards = {
-        kind: json.loads(file.read_text(encoding="utf-8")) for kind, file in files.items() if file.exists()
-    }
+    cards = {"encoder": read_card(Path(config.encoder)), "ranker": read_card(Path(config.ranker))}
     lines = [f"# {config.name}", "", f"Search over {collection.name}: {len(collection.documents)} documents."]
     if collection.notice:
         lines += ["", "## Data", "", collection.notice]
@@ -176,9 +173,9 @@ def main(config: ExportConfig, workdir: Path) -> None:
         ),
         model_card=model_card(config, collection, facts),
     )
-    manifest = json.loads((bundle / "bundle.json").read_text(encoding="utf-8"))
+    manifest = read_object(bundle / MANIFEST)
     size = sum(entry["size_bytes"] for entry in manifest["files"].values())
-    answers = len(json.loads((bundle / "selftest.json").read_text(encoding="utf-8")))
+    answers = len(read_json(bundle / "selftest.json"))
     report = {"size_bytes": size, "plan": manifest["plan"], "known_answers": answers, "calibration": facts}
     write_json(workdir / "report.json", report)
     rich.console.Console().print(

@@ -43,7 +43,7 @@ class IndexConfig:
 
 def build_index(config: IndexConfig) -> ExactIndex | ScannIndex | Bm25Index:
     """The index in memory, its metadata filled in."""
-    collection, vertical = load_data(config)
+    collection, vertical = load_data(config, view=config.view)
     ids = list(collection.documents)
     texts = [vertical.document_text(document, config.view) for document in collection.documents.values()]
     metadata = {"collection": collection.name, "data": collection.fingerprint(), "view": config.view}

@@ -14,7 +14,7 @@ from jaxsearch.data.assets import resolve
 from jaxsearch.data.batches import CandidateSampler, multiples
 from jaxsearch.data.records import Collection, Qrels, Query, Run
 from jaxsearch.data.sources import load_collection
-from jaxsearch.data.verticals import Vertical, document_text, load_vertical
+from jaxsearch.data.verticals import Vertical, load_vertical
 from jaxsearch.encoder import TextEncoder, load_encoder
 from jaxsearch.errors import InputError
 from jaxsearch.judge import TextJudge
@@ -34,12 +34,14 @@ class DataConfig(Protocol):
     def skip_bad_lines(self) -> bool: ...
 
 
-def load_data(config: DataConfig, *, needs: Sequence[str] = ()) -> tuple[Collection, Vertical]:
+def load_data(
+    config: DataConfig, *, needs: Sequence[str] = (), view: str | None = None
+) -> tuple[Collection, Vertical]:
     """The collection and the vertical of a config; says on the console what was left out of the collection.
 
-    Args: `needs` are the splits that must have queries.
-    Raises: InputError for bad lines (all of them, unless they are skipped), a vertical that is not whole, or an
-        empty split.
+    Args: `needs` are the splits that must have queries; the vertical must have the `view`, the documents its fields.
+    Raises: InputError for bad lines (all of them, unless they are skipped), a vertical that is not whole, an
+        empty split, an unknown view, or a field of the view that no document has.
     """
     vertical = load_vertical(config.vertical)
     collection = load_collection(config.collection, skip_bad_lines=config.skip_bad_lines)
@@ -48,9 +50,24 @@ def load_data(config: DataConfig, *, needs: Sequence[str] = ()) -> tuple[Collect
             f"{collection.name} has no queries in {' and '.join(empty)}: give them a split (train, validation, test), "
             "or leave the split out everywhere to have one made"
         )
+    if view is not None:
+        _check_view(collection, vertical, view)
     if collection.notice and Path(config.collection).is_dir():
         print(f"{collection.name}: {collection.notice}", file=sys.stderr)
     return collection, vertical
+
+
+def _check_view(collection: Collection, vertical: Vertical, view: str) -> None:
+    if view not in vertical.views:
+        raise InputError(
+            f"vertical {vertical.name} has no view {view!r}: set view to {' or '.join(vertical.views)}"
+        )
+    known = {field for document in collection.documents.values() for field in document.fields}
+    if absent := [field for field in vertical.views[view] if field not in known]:
+        raise InputError(
+            f"view {view!r} of {vertical.directory} reads {', '.join(absent)}, which no document of {collection.name} "
+            f"has; they have {', '.join(sorted(known))}"
+        )
 
 
 def load_retriever(name_or_path: str | Path) -> TextEncoder:
@@ -73,7 +90,7 @@ def mine(
     Args: `seen_only` leaves out the unseen documents, as every training use must.
     """
     keys = [key for key in collection.documents if not (seen_only and key in collection.unseen_documents)]
-    texts = [document_text(collection.documents[key], vertical.views[view]) for key in keys]
+    texts = [vertical.document_text(collection.documents[key], view) for key in keys]
     embeds, documents = (
         encoder.embed_queries([query.text for query in queries]),
         encoder.embed_documents(texts),
@@ -119,17 +136,25 @@ def pair_texts(
     collection: Collection, vertical: Vertical, pairs: Sequence[tuple[str, str]], *, view: str
 ) -> list[tuple[str, str]]:
     """(query text, document text) of each pair of ids."""
-    fields = vertical.views[view]
     return [
-        (collection.queries[query_id].text, document_text(collection.documents[document_id], fields))
+        (collection.queries[query_id].text, vertical.document_text(collection.documents[document_id], view))
         for query_id, document_id in pairs
     ]
 
 
-def seen_qrels(collection: Collection, queries: Sequence[Query]) -> Qrels:
-    """The grades of seen documents only: what a checkpoint may be chosen by."""
+def seen_qrels(collection: Collection, vertical: Vertical, queries: Sequence[Query]) -> Qrels:
+    """The grades of seen documents only: what a checkpoint may be chosen by.
+
+    Raises: InputError when no query has a relevant one, so that nothing could be measured.
+    """
     qrels = {query.id: collection.qrels.get(query.id, {}) for query in queries}
-    return restrict(qrels, collection.documents.keys() - collection.unseen_documents)
+    seen = restrict(qrels, collection.documents.keys() - collection.unseen_documents)
+    if not any(grade >= vertical.relevant_threshold for grades in seen.values() for grade in grades.values()):
+        raise InputError(
+            f"none of the {len(queries)} validation queries that are looked at has a seen document of grade "
+            f"{vertical.relevant_threshold} or above: there is nothing to validate on; grade more or check more queries"
+        )
+    return seen
 
 
 def offline_scorer(model: TextJudge | TextRanker, *, max_batch_tokens: int = 2048) -> PrefillScorer:

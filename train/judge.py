@@ -12,6 +12,7 @@ from typing import Literal
 import numpy as np
 from flax import nnx
 
+from jaxsearch.checkpoints import model_version
 from jaxsearch.data.assets import resolve
 from jaxsearch.data.batches import multiples, pad_tokens, similar_length, step_batches
 from jaxsearch.data.tokenizer import Tokenizer
@@ -128,9 +129,16 @@ def agreement(
 
 
 def main(config: JudgeConfig, workdir: Path) -> None:
-    collection, vertical = load_data(config, needs=("train", "validation", "test"))
-    claim(workdir, config, data=collection.fingerprint())
-    base = resolve(config.base)
+    collection, vertical = load_data(config, needs=("train", "validation", "test"), view=config.view)
+    base, retriever = resolve(config.base), load_retriever(config.retriever)
+    claim(
+        workdir,
+        config,
+        data=collection.fingerprint(),
+        vertical=vertical.fingerprint(),
+        base=model_version(base),
+        retriever=retriever.version,
+    )
     decoder = load_pretrained(base, dtype=config.dtype, use_remat=config.use_remat)
     if not isinstance(decoder, Decoder):
         raise InputError(f"{config.base} is not a decoder: a judge needs one that can answer")
@@ -150,7 +158,6 @@ def main(config: JudgeConfig, workdir: Path) -> None:
         targets=config.lora_targets,
         rngs=nnx.Rngs(config.seed),
     )
-    retriever = load_retriever(config.retriever)
 
     def sample(
         split: str, num_queries: int, random_share: float

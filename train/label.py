@@ -21,6 +21,7 @@ from jaxsearch.data.records import Collection
 from jaxsearch.data.sources import read_pairs
 from jaxsearch.data.verticals import Vertical
 from jaxsearch.errors import InputError
+from jaxsearch.files import read_object
 from jaxsearch.judge import TextJudge, expected_grade, grade_probs, load_judge, soft_label
 from jaxsearch.scoring.prefill import PrefillScorer, ScoreRequest
 from train.inputs import load_data, load_retriever, offline_scorer, pair_texts, sample_pairs
@@ -105,10 +106,15 @@ def read_labels(directory: str | Path, *, data: str | None = None) -> list[Label
         )
     labels = []
     for path in paths:
-        for line in path.read_text(encoding="utf-8").splitlines():
-            row = json.loads(line)
-            labels.append(Label(**{**row, "grade_probs": tuple(row["grade_probs"])}))
-    stated = json.loads((Path(directory) / "labels.json").read_text(encoding="utf-8"))
+        try:
+            for line in path.read_text(encoding="utf-8").splitlines():
+                row = json.loads(line)
+                labels.append(Label(**{**row, "grade_probs": tuple(row["grade_probs"])}))
+        except (OSError, ValueError, TypeError, KeyError) as error:
+            raise InputError(
+                f"{path} is damaged ({error}): delete it and repeat its python -m train.label"
+            ) from None
+    stated = read_object(Path(directory) / "labels.json", hint="repeat its python -m train.label command")
     if len(labels) != stated["num_pairs"]:
         raise InputError(
             f"{directory} holds {len(labels)} of {stated['num_pairs']} labels: repeat its python -m train.label command"
@@ -166,6 +172,7 @@ def main(config: LabelConfig, workdir: Path) -> None:
         judge=judge.version,
         prompt=judge.prompt.template.fingerprint,
         data=collection.fingerprint(),
+        vertical=vertical.fingerprint(),
         pairs=hashlib.sha256(json.dumps(pairs).encode()).hexdigest()[:12],
     )
     write_json(workdir / "labels.json", {"data": collection.fingerprint(), "num_pairs": len(pairs)})

@@ -124,8 +124,10 @@ def fit(
                     if termination.requested:
                         run.save()
                         store.wait()
+                        saved = store.latest_step()
                         say(
-                            f"SIGTERM: saved step {run.step} to {store.directory}; the same command goes on from there"
+                            f"SIGTERM: stopped after step {run.step}; the same command goes on from "
+                            + ("the start" if saved is None else f"step {saved}, saved in {store.directory}")
                         )
                         raise SystemExit(0)
         return run.finish(model, say)

@@ -33,6 +33,7 @@ import rich.progress
 
 from jaxsearch.data.assets import cache_dir
 from jaxsearch.errors import InputError
+from jaxsearch.files import read_object
 
 EXIT_INPUT_ERROR = 2
 EXIT_INTERRUPTED = 130
@@ -126,7 +127,7 @@ def claim(workdir: Path, config: Any, **made_from: str | int) -> None:
     if not path.exists():
         write_json(path, identity)
         return
-    found = json.loads(path.read_text(encoding="utf-8"))
+    found = read_object(path, hint="delete it and what was made beside it, or choose another --workdir")
     changed = sorted(key for key in identity | found if found.get(key) != identity.get(key))
     if changed:
         raise InputError(

@@ -15,6 +15,7 @@ from typing import Literal
 import numpy as np
 from flax import nnx
 
+from jaxsearch.checkpoints import model_version
 from jaxsearch.data.assets import resolve
 from jaxsearch.data.batches import (
     CandidateSampler,
@@ -27,7 +28,7 @@ from jaxsearch.data.batches import (
 )
 from jaxsearch.data.records import MAX_GRADE, Collection, Run
 from jaxsearch.data.tokenizer import Tokenizer
-from jaxsearch.data.verticals import Vertical, document_text
+from jaxsearch.data.verticals import Vertical
 from jaxsearch.encoder import TextEncoder
 from jaxsearch.errors import InputError
 from jaxsearch.metrics import rank_metrics
@@ -123,8 +124,7 @@ class RankerData:
                 "no train query has a label or a relevant seen document: there is nothing to learn from"
             )
         texts = [
-            document_text(collection.documents[key], vertical.views[config.view])
-            for key in self.sampler.documents
+            vertical.document_text(collection.documents[key], config.view) for key in self.sampler.documents
         ]
         self.items = dict(zip(self.sampler.documents, ranker.request("", texts).items, strict=True))
         self.prefixes = {key: ranker.request(collection.queries[key].text, []).prefix for key in self.queries}
@@ -182,10 +182,9 @@ def rerank(
     candidates: Run,
 ) -> Run:
     """The ranker's score for every candidate of every query."""
-    fields = vertical.views[ranker.view]
     requests = []
     for query_id, scores in candidates.items():
-        texts = [document_text(collection.documents[key], fields) for key in scores]
+        texts = [vertical.document_text(collection.documents[key], ranker.view) for key in scores]
         prompt = ranker.request(collection.queries[query_id].text, texts)
         requests.append(ScoreRequest(prompt.prefix, prompt.items))
     reranked: Run = {}
@@ -211,7 +210,7 @@ class Validation:
         self.candidates = mine(
             retriever, collection, queries, vertical, view=config.view, depth=config.check_depth
         )
-        self.qrels = seen_qrels(collection, queries)
+        self.qrels = seen_qrels(collection, vertical, queries)
         self.scorer = offline_scorer(ranker)
 
     def __call__(self, model: Ranker) -> dict[str, float]:
@@ -232,10 +231,18 @@ def is_trained(use_frozen_embeddings: bool):
 
 
 def main(config: RankerConfig, workdir: Path) -> None:
-    collection, vertical = load_data(config, needs=("train", "validation"))
+    collection, vertical = load_data(config, needs=("train", "validation"), view=config.view)
     labels = read_labels(config.labels, data=collection.fingerprint()) if config.labels else []
-    claim(workdir, config, data=collection.fingerprint(), judge=labels[0].judge_version if labels else "none")
-    base = resolve(config.base)
+    base, retriever = resolve(config.base), load_retriever(config.retriever)
+    claim(
+        workdir,
+        config,
+        data=collection.fingerprint(),
+        vertical=vertical.fingerprint(),
+        judge=labels[0].judge_version if labels else "none",
+        base=model_version(base),
+        retriever=retriever.version,
+    )
     decoder = load_pretrained(base, dtype=config.dtype, use_remat=config.use_remat)
     if not isinstance(decoder, Decoder):
         raise InputError(f"{config.base} is not a decoder: a ranker needs one that can answer")
@@ -248,7 +255,6 @@ def main(config: RankerConfig, workdir: Path) -> None:
         max_item_tokens=config.max_item_tokens,
     )
     del decoder
-    retriever = load_retriever(config.retriever)
     mined = mine(
         retriever, collection, collection.split("train"), vertical, view=config.view, depth=config.mined_depth
     )

@@ -16,7 +16,7 @@ def config() -> RankerConfig:
         labels="work/demo/label",
         retriever="work/demo/encoder/model",
         check_queries=20,
-        loop=LoopConfig(num_steps=80),
+        loop=LoopConfig(num_steps=80, checkpoint_every=40),
         optimizer=OptimizerConfig(learning_rate=3e-4, warmup_steps=10),
     )
 

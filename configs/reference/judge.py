@@ -14,7 +14,7 @@ from train.loop import LoopConfig
 
 def config() -> JudgeConfig:
     return dataclasses.replace(
-        judge.config(), random_share=1.0, check_queries=25, loop=LoopConfig(num_steps=80)
+        judge.config(), random_share=1.0, check_queries=25, loop=LoopConfig(num_steps=80, checkpoint_every=20)
     )
 
 

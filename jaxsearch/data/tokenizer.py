@@ -15,6 +15,7 @@ from typing import Any, BinaryIO
 import tokenizers
 
 from jaxsearch.errors import InputError
+from jaxsearch.files import read_object
 
 _TOKENIZER_FILE = "tokenizer.json"
 _CONFIG_FILE = "tokenizer_config.json"
@@ -74,8 +75,8 @@ class Tokenizer:
                 f"no tokenizer in {path}: give a folder that holds {_TOKENIZER_FILE} (save it from "
                 "transformers with a fast tokenizer), or a .gguf file"
             )
-        spec = _read_json(file)
-        config = _read_json(path / _CONFIG_FILE) if (path / _CONFIG_FILE).is_file() else {}
+        spec = read_object(file)
+        config = read_object(path / _CONFIG_FILE) if (path / _CONFIG_FILE).is_file() else {}
         try:
             return cls(spec, config)
         except Exception as error:  # tokenizers raises bare Exception for a spec it cannot use
@@ -135,16 +136,6 @@ class Tokenizer:
             if token is not None and (token_id := self._full.token_to_id(token)) is not None:
                 return token_id
         return 0
-
-
-def _read_json(file: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise InputError(f"cannot read {file}: {error}") from error
-    if not isinstance(content, dict):
-        raise InputError(f"{file} holds no JSON object")
-    return content
 
 
 def _from_gguf(path: Path) -> Tokenizer:

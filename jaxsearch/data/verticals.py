@@ -5,6 +5,8 @@ No code knows the name of one. How prompts are filled is in `prompts`, where doc
 """
 
 import dataclasses
+import hashlib
+import json
 import os
 import tomllib
 from collections.abc import Mapping, Sequence
@@ -44,13 +46,24 @@ class Vertical:
         """The text of a document in one of the views.
 
         Raises:
-            InputError: no such view, or the document lacks one of its fields.
+            InputError: no such view.
         """
         if view not in self.views:
             raise InputError(
                 f"vertical {self.name} has no view {view!r}; it has {', '.join(sorted(self.views))}"
             )
         return document_text(document, self.views[view])
+
+    def fingerprint(self) -> str:
+        """Twelve hex digits over everything but the name and the place: what a run that used it depends on."""
+        parts = {
+            "views": {name: list(fields) for name, fields in self.views.items()},
+            "query_instruction": self.query_instruction,
+            "relevant_threshold": self.relevant_threshold,
+            "policy": self.policy,
+            "prompts": {name: prompt.fingerprint for name, prompt in self.prompts.items()},
+        }
+        return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:12]
 
 
 def load_vertical(directory: str | os.PathLike[str]) -> Vertical:
@@ -100,10 +113,7 @@ def document_text(document: Document, fields: Sequence[str]) -> str:
     """The chosen fields of a document as one line of text.
 
     A list is joined by "; ", numbers have at most two decimals, truth values are True or False, and each
-    field ends as a sentence does. Empty fields leave nothing behind.
-
-    Raises:
-        InputError: the document has no field of that name.
+    field ends as a sentence does. Fields that are empty or absent leave nothing behind.
 
     Example:
         >>> baker = Document("1", {"title": "Baker", "tasks": ["Mix dough.", "Bake."]})
@@ -112,11 +122,7 @@ def document_text(document: Document, fields: Sequence[str]) -> str:
     """
     parts = []
     for field in fields:
-        if field not in document.fields:
-            raise InputError(
-                f"document {document.id} has no field {field!r}; it has {', '.join(sorted(document.fields))}"
-            )
-        text = _field_text(document.fields[field])
+        text = _field_text(document.fields.get(field, ""))
         if text:
             parts.append(text if text.endswith(_ENDS) else f"{text}.")
     return " ".join(parts)

@@ -23,10 +23,11 @@ from flax import nnx
 from jax.typing import DTypeLike
 
 from jaxsearch.errors import InputError
+from jaxsearch.files import read_object
 from jaxsearch.nn.bert import Bert, BertConfig
 from jaxsearch.nn.gguf import read_gguf
 from jaxsearch.nn.hf_config import config_from_hf, config_to_hf
-from jaxsearch.nn.tensors import Tensor, list_safetensors, read_json, write_safetensors
+from jaxsearch.nn.tensors import Tensor, list_safetensors, write_safetensors
 from jaxsearch.nn.transformer import Decoder
 
 __all__ = ["Row", "config_from_hf", "config_to_hf", "conversion_table", "load_pretrained", "save_pretrained"]
@@ -128,7 +129,10 @@ def load_pretrained(
     """
     path = Path(path)
     if path.is_dir():
-        config, tensors = read_json(path / CONFIG), list_safetensors(path)
+        config, tensors = (
+            read_object(path / CONFIG, hint="give a folder in the Hugging Face layout"),
+            list_safetensors(path),
+        )
     elif path.suffix == ".gguf" and path.is_file():
         config, tensors = read_gguf(path)
     else:

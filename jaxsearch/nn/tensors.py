@@ -18,6 +18,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from jaxsearch.errors import InputError
+from jaxsearch.files import read_object
 
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
@@ -42,23 +43,6 @@ class Tensor:
     read: Callable[[], np.ndarray]
 
 
-def read_json(path: Path) -> dict:
-    """Reads a JSON object.
-
-    Raises:
-        InputError: the file is missing, is not JSON, or holds something other than an object.
-    """
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise InputError(f"{path} does not exist; give a folder in the Hugging Face layout") from error
-    except (OSError, ValueError) as error:
-        raise InputError(f"{path} is not readable JSON: {error}") from error
-    if not isinstance(value, dict):
-        raise InputError(f"{path} holds a {type(value).__name__} where a JSON object is expected")
-    return value
-
-
 def list_safetensors(directory: Path) -> list[Tensor]:
     """Lists the tensors of `model.safetensors`, or of the shards that `model.safetensors.index.json` names.
 
@@ -69,7 +53,7 @@ def list_safetensors(directory: Path) -> list[Tensor]:
     if (directory / WEIGHTS).exists():
         return _list_file(directory / WEIGHTS)
     if (directory / INDEX).exists():
-        weight_map = read_json(directory / INDEX).get("weight_map")
+        weight_map = read_object(directory / INDEX).get("weight_map")
         if not isinstance(weight_map, dict) or not weight_map:
             raise InputError(
                 f"{directory / INDEX}: `weight_map` is missing or empty; download the checkpoint again"

@@ -7,7 +7,6 @@ approximates on the CPU for large corpora, `lexical` matches words, `fusion` joi
 """
 
 import json
-import os
 import shutil
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
@@ -19,6 +18,7 @@ from jaxtyping import Bool, Float, Int
 
 from jaxsearch.data.records import Run
 from jaxsearch.errors import InputError
+from jaxsearch.files import replace_folder
 
 NO_DOCUMENT = -1
 _INDEX_FILE = "index.json"
@@ -130,8 +130,7 @@ def write_index(
         header |= {"settings": dict(settings), "metadata": dict(metadata)}
         (temporary / _INDEX_FILE).write_text(json.dumps(header, indent=2) + "\n", encoding="utf-8")
         temporary.chmod(0o755)
-        shutil.rmtree(directory, ignore_errors=True)
-        os.replace(temporary, directory)
+        replace_folder(temporary, directory)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 
