@@ -21,6 +21,7 @@ from jaxsearch.data.tokenizer import Tokenizer
 from jaxsearch.errors import InputError
 from jaxsearch.nn.bert import Bert
 from jaxsearch.nn.transformer import Decoder, last_hidden
+from jaxsearch.sharding import on_one_device
 
 POOLINGS = ("mean", "last")
 ROWS = (1, 8, 64)
@@ -124,7 +125,8 @@ class TextEncoder:
         self.max_query_tokens = max_query_tokens
         self.max_document_tokens = max_document_tokens
         self.version = version
-        self._graphdef, self._state = nnx.split(encoder)
+        self._graphdef, state = nnx.split(encoder)
+        self._state = on_one_device(state)
         self._programs: dict[tuple[int, int], Callable] = {}
 
     @property
@@ -149,8 +151,8 @@ class TextEncoder:
         return self.num_compilations
 
     def use_weights(self, encoder: Encoder) -> None:
-        """Embeds with this encoder's weights from now on; same shapes, so nothing is compiled again."""
-        self._state = nnx.state(encoder)
+        """Embeds with this encoder's weights from now on, wherever they are; same shapes: nothing is compiled again."""
+        self._state = on_one_device(nnx.state(encoder))
 
     def embed_queries(self, texts: Sequence[str]) -> Float[np.ndarray, "q e"]:
         return self._embed([self.query_instruction + text for text in texts], self.max_query_tokens)

@@ -113,6 +113,11 @@ def batch_sharding(mesh: AnyMesh, *, microbatched: bool = False) -> NamedShardin
     return NamedSharding(mesh, PartitionSpec(None, BATCH_AXES) if microbatched else PartitionSpec(BATCH_AXES))
 
 
+def on_one_device(arrays: Any) -> Any:
+    """A pytree's arrays on this process's first device, for programs that were compiled for one; no copy if there."""
+    return jax.device_put(arrays, jax.local_devices()[0])
+
+
 def replicated(mesh: AnyMesh) -> NamedSharding:
     """The whole array on every device."""
     return NamedSharding(mesh, PartitionSpec())

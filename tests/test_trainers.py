@@ -3,8 +3,10 @@
 import dataclasses
 import json
 
+import jax
 import numpy as np
 import pytest
+from flax import nnx
 
 from jaxsearch.encoder import load_encoder
 from jaxsearch.errors import InputError
@@ -138,9 +140,29 @@ def test_the_encoder_learns_in_rounds(world, tmp_path):
     )
     encoder_trainer.main(config, tmp_path)
     report = json.loads((tmp_path / "report.json").read_text())
-    assert set(report) == {"before", "round-0", "round-1"}
-    assert report["round-1"]["ndcg@10"] > report["before"]["ndcg@10"]
+    assert set(report) == {"before", "round-0", "round-1", "kept"}
+    assert report[report["kept"]]["ndcg@10"] > report["before"]["ndcg@10"]
     assert load_encoder(tmp_path / "model").query_instruction == "Find: "
+
+
+def test_a_round_that_does_harm_is_undone(world, tmp_path):
+    config = encoder_trainer.EncoderConfig(
+        backbone=world["encoder"],
+        batch_queries=4,
+        documents_per_query=3,
+        max_query_tokens=24,
+        max_document_tokens=32,
+        loop=LoopConfig(num_steps=3),
+        optimizer=OptimizerConfig(learning_rate=1e-12),
+        **common(world),
+    )
+    encoder_trainer.main(config, tmp_path)
+    before, after = load_encoder(world["encoder"]), load_encoder(tmp_path / "model")
+    assert json.loads((tmp_path / "report.json").read_text())["kept"] == "before"
+    for left, right in zip(
+        *(jax.tree.leaves(nnx.state(one.encoder)) for one in (before, after)), strict=True
+    ):
+        assert np.array_equal(left, right)
 
 
 def ranker_config(world, labels, **changes):

@@ -2,15 +2,17 @@
 
     python -m train.encoder --config configs/demo/encoder.py --workdir work/encoder
 
-Training runs in rounds; before each, the current model mines its own hard negatives on the train queries. Writes
-`model/` and `report.json`.
+Training runs in rounds; before each, the current model mines its own hard negatives on the train queries. A round that
+does not raise NDCG@10 on the validation queries is undone. Writes `model/` and `report.json`.
 """
 
 import dataclasses
 from pathlib import Path
 from typing import Literal
 
+import jax
 import numpy as np
+from flax import nnx
 
 from jaxsearch.checkpoints import model_version
 from jaxsearch.data.assets import resolve
@@ -176,6 +178,7 @@ def main(config: EncoderConfig, workdir: Path) -> None:
         return validation_metrics(text_encoder, collection, vertical, held_out, config.view)
 
     report = {"before": evaluate(encoder)}
+    kept, best = "before", jax.tree.map(np.array, nnx.state(encoder))
     per_round = -(-config.loop.num_steps // config.rounds)
     steps = 0
     for number in range(config.rounds):
@@ -195,9 +198,14 @@ def main(config: EncoderConfig, workdir: Path) -> None:
         )
         steps += result.step
         report[f"round-{number}"] = evaluate(encoder)
-    trained = {"collection": collection.fingerprint(), "steps": steps, "validation": report}
+        if report[f"round-{number}"]["ndcg@10"] > report[kept]["ndcg@10"]:
+            kept, best = f"round-{number}", jax.tree.map(np.array, nnx.state(encoder))
+        else:
+            nnx.update(encoder, best)
+            text_encoder.use_weights(encoder)
+    trained = {"collection": collection.fingerprint(), "steps": steps, "validation": report, "kept": kept}
     save_encoder(workdir / "model", text_encoder, trained=trained)
-    write_json(workdir / "report.json", report)
+    write_json(workdir / "report.json", report | {"kept": kept})
 
 
 if __name__ == "__main__":

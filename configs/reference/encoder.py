@@ -1,19 +1,17 @@
-"""The reference encoder: MiniLM, three rounds of one epoch, each with hard negatives of the model so far.
+"""The reference encoder is the demo's: MiniLM, one epoch with hard negatives of the model as it comes.
 
 Command: python -m train.encoder --config configs/reference/encoder.py --workdir work/reference/encoder
-Time: about 10 minutes on two cores (quick: 20 seconds).
-Numbers: validation NDCG@10 and recall@100 before and after each round in report.json.
+Time: 5.6 minutes on two cores of 95 GFLOP/s each, nothing compiled before (quick: 20 seconds).
+Numbers: NDCG@10 on the validation queries .246 before, .400 after. Of three rounds the second and third, with
+         negatives mined anew, fell to .393 and .380.
 """
-
-import dataclasses
 
 from configs.demo import encoder
 from train.encoder import EncoderConfig
-from train.loop import LoopConfig
 
 
 def config() -> EncoderConfig:
-    return dataclasses.replace(encoder.config(), rounds=3, loop=LoopConfig(num_steps=276))
+    return encoder.config()
 
 
 def quick() -> EncoderConfig:

@@ -26,6 +26,7 @@ from jaxtyping import Array, Bool, Float, Int
 from jaxsearch.buckets import Buckets, ItemBatch, ItemLattice
 from jaxsearch.errors import InputError
 from jaxsearch.nn.transformer import Decoder, KeyValues
+from jaxsearch.sharding import on_one_device
 
 MAX_LABELS = 16
 """Label rows of every program: fewer labels are padded, so any set of label tokens runs without a new
@@ -74,11 +75,11 @@ class PrefillScorer:
     """Label logits of items after a shared prefix; one device, one caller at a time.
 
     Args:
-      decoder: any `Decoder`; its weights stay where they are and are passed to the programs as arguments.
+      decoder: any `Decoder`; its weights are arguments of the programs, on the first device.
       label_token_ids: at most `MAX_LABELS` token ids.
       prefix_buckets: padded prefix lengths; each multiplies the number of item programs, so keep them few.
       item_buckets: padded item lengths.
-      max_batch_tokens: padded item tokens of one launch. On a CPU 2,048 is plenty.
+      max_batch_tokens: padded item tokens of one launch.
       prefix_cache_size: prefixes whose keys and values stay on the device.
     """
 
@@ -92,7 +93,8 @@ class PrefillScorer:
         max_batch_tokens: int = 2048,
         prefix_cache_size: int = 8,
     ) -> None:
-        self._graph, self._weights = nnx.split(decoder)
+        self._graph, weights = nnx.split(decoder)
+        self._weights = on_one_device(weights)
         self._vocab_size = decoder.config.vocab_size
         self.label_token_ids = self._checked_labels(label_token_ids)
         self.prefix_buckets = _as_buckets(prefix_buckets)
@@ -123,8 +125,8 @@ class PrefillScorer:
         return len(keys)
 
     def use_weights(self, decoder: Decoder) -> None:
-        """Scores with this decoder's weights from now on; same shapes, so nothing is compiled again."""
-        self._weights = nnx.state(decoder)
+        """Scores with this decoder's weights from now on, wherever they are; same shapes: nothing is compiled again."""
+        self._weights = on_one_device(nnx.state(decoder))
         self._prefixes.clear()
 
     def plan(self, requests: Sequence[ScoreRequest]) -> list[ScoreBatch]:
