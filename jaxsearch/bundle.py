@@ -34,7 +34,7 @@ from jaxsearch.scoring.prefill import PrefillScorer, ScoreRequest
 FORMAT = 1
 MANIFEST = "bundle.json"
 SCORE_TOLERANCE = 0.02
-"""Known scores may differ by this much on other hardware; float32 on CPU repeats them within 1e-4."""
+"""Known scores may differ by this much on other hardware than the one that wrote them."""
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,6 +1,6 @@
 """Fine-tunes the bi-encoder: InfoNCE + margin, negatives by grade, hard negatives mined with the current model.
 
-    python -m train.encoder --config configs/demo/encoder.py --workdir work/encoder
+    python -m train.encoder --config configs/demo/encoder.py --workdir work/demo/encoder
 
 Training runs in rounds; before each, the current model mines its own hard negatives on the train queries. A round that
 does not raise NDCG@10 on the validation queries is undone. Writes `model/` and `report.json`.

@@ -1,6 +1,6 @@
 """One table for any set of systems: who ranks best, by how much, and whether that is more than chance.
 
-    python -m train.evaluate --config configs/demo/evaluate.py --workdir work/evaluate
+    python -m train.evaluate --config configs/demo/evaluate.py --workdir work/demo/evaluate
 
 Systems: `bm25:<view>`, `minilm` (as it comes), `encoder`, `judge`, `ranker`, `ranker+encoder` (weight fitted
 on validation queries), and further rankers by name. Judge and rankers reorder the first stage's best `depth`

@@ -1,10 +1,10 @@
 """Puts encoder, ranker, vertical, documents and index into one bundle that the server loads.
 
-    python -m train.export --config configs/demo/export.py --workdir work/export
+    python -m train.export --config configs/demo/export.py --workdir work/demo/export
 
 On the way it fits the calibration (the ranker's score → probability that a document is relevant) on
 validation queries and seen documents, and records known answers for the server's self-test. Writes `bundle/`
-and `report.json`; serve it with `python -m serve.main --bundle work/export/bundle`.
+and `report.json`; serve it with `python -m serve.main --bundle work/demo/export/bundle`.
 """
 
 import dataclasses

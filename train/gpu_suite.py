@@ -2,7 +2,7 @@
 
     python -m train.gpu_suite --config configs/gpu_suite.py --workdir work/gpu_suite
 
-Each figure is measured in this process on random weights of the stated shape (speed does not depend on their values).
+Each figure is measured in this process on random weights of the stated shape.
 Writes `report.json` and `report.md`. `--quick` is a tiny shape that any CPU runs in a minute. Needs neither grain,
 tensorflow-datasets, scann, bm25s nor a web framework.
 """

@@ -1,6 +1,6 @@
 """Embeds a collection's documents with an encoder and writes a search index.
 
-    python -m train.index --config configs/demo/index.py --workdir work/index --set encoder=work/encoder/model
+    python -m train.index --config configs/demo/index.py --workdir work/demo/index
 
 The folder `index/` says which encoder, view and data it was made from; a bundle refuses an index of another
 encoder.

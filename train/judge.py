@@ -1,6 +1,6 @@
 """Trains the relevance judge: LoRA on a frozen decoder, grades under a written policy.
 
-    python -m train.judge --config configs/demo/judge.py --workdir work/judge
+    python -m train.judge --config configs/demo/judge.py --workdir work/demo/judge
 
 Writes `model/` (the merged judge, an ordinary HF folder with a card) and `report.json` (agreement with gold grades).
 """
@@ -59,7 +59,7 @@ class JudgeConfig:
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Of the computation; the weights that are trained stay float32."""
     use_remat: bool = False
-    """Recompute layers in the backward pass: less memory, about a third more time."""
+    """Recompute layers in the backward pass: less memory for more time."""
     lora_rank: int = 16
     lora_alpha: float = 32.0
     """The adapter's output is multiplied by alpha / rank."""

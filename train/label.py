@@ -1,7 +1,6 @@
 """Labels pairs with a trained judge, in resumable shards.
 
-    python -m train.label --config configs/demo/label.py --workdir work/labels
-        --set judge=work/judge/model
+    python -m train.label --config configs/demo/label.py --workdir work/demo/label
 
 Each line of `labels-*.jsonl`: query_id, document_id, grade_probs, expected_grade, soft_label, judge_version,
 prompt_hash. A shard appears whole or not at all, so a killed run continues with no pair twice and none lost.

@@ -1,4 +1,4 @@
-"""The reference ranker: 12 layers of SmolLM2, 25,600 pairs, judge's labels + gold + list-wise term.
+"""The reference ranker: 12 layers of SmolLM2, 19,200 pairs, judge's labels + gold + list-wise term.
 
 Command: python -m train.ranker --config configs/reference/ranker.py --workdir work/reference/ranker
          --set labels=work/reference/label retriever=work/reference/encoder/model
@@ -21,7 +21,7 @@ def config() -> RankerConfig:
         retriever="work/reference/encoder/model",
         random_share=(1.0, 0.0),
         check_queries=40,
-        loop=LoopConfig(num_steps=800, checkpoint_every=100, evaluate_every=100),
+        loop=LoopConfig(num_steps=600, checkpoint_every=100, evaluate_every=100),
     )
 
 

@@ -346,9 +346,7 @@ def _parquet_rows(file: Path) -> Iterator[dict[str, Any]]:
         import pyarrow
         from pyarrow import parquet
     except ImportError as error:
-        raise InputError(
-            f"reading {file} needs the package pyarrow: pip install 'jaxsearch[data]'"
-        ) from error
+        raise InputError(f"reading {file} needs the package pyarrow: pip install -e '.[data]'") from error
     try:
         with parquet.ParquetFile(file) as table:
             for batch in table.iter_batches():

@@ -50,9 +50,7 @@ def read_gguf(path: Path) -> tuple[dict[str, Any], list[Tensor]]:
     try:
         import gguf
     except ImportError as error:
-        raise InputError(
-            f'{path}: reading GGUF needs the gguf package: pip install "jaxsearch[data]"'
-        ) from error
+        raise InputError(f'{path}: reading GGUF needs the gguf package: pip install -e ".[data]"') from error
     try:
         reader = gguf.GGUFReader(path)
     except (ValueError, OSError, IndexError, KeyError) as error:
