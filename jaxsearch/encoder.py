@@ -216,6 +216,10 @@ def load_encoder(directory: str | Path, *, dtype=jnp.float32) -> TextEncoder:
     card = loaded.card or {"kind": "encoder"}
     if card["kind"] != "encoder":
         raise InputError(f"{directory} holds a {card['kind']}, not an encoder")
+    if not loaded.card and not isinstance(loaded.model, Bert):
+        raise InputError(
+            f"{directory} holds a decoder that was not trained to embed: run python -m train.encoder on it"
+        )
     return TextEncoder(
         Encoder(loaded.model, pooling=card.get("pooling", "mean")),
         loaded.tokenizer,

@@ -1,4 +1,5 @@
-"""Every trainer on eight simulated devices, started by test_trainers.py in a process of its own.
+"""The trainers that evaluate while they train, on eight simulated devices,
+started by test_trainers.py in a process of its own.
 
     python tests/eight_devices_trainers.py FOLDER
 
@@ -12,7 +13,7 @@ import jax
 
 from tests.tiny_bundle import write_parts
 from tests.tiny_collection import write_collection
-from train import encoder, judge, ranker
+from train import encoder, ranker
 from train.loop import LoopConfig
 from train.step import OptimizerConfig
 
@@ -22,20 +23,15 @@ def main(folder: Path) -> None:
     common = {
         "collection": str(write_collection(folder / "data")),
         "vertical": str(parts["vertical"]),
-        "loop": LoopConfig(num_steps=2, evaluate_every=1),
+        "loop": LoopConfig(num_steps=2),
         "optimizer": OptimizerConfig(learning_rate=1e-2),
     }
     mined = {"retriever": str(parts["encoder"]), "base": str(parts["ranker"]), "check_queries": 3}
-    limits = {"max_shared_tokens": 80, "max_item_tokens": 64}
     encoder.main(
         encoder.EncoderConfig(
-            backbone=str(parts["encoder"]), rounds=2, batch_queries=8, documents_per_query=3, **common
+            backbone=str(parts["encoder"]), batch_queries=8, documents_per_query=3, **common
         ),
         folder / "trained" / "encoder",
-    )
-    judge.main(
-        judge.JudgeConfig(lora_rank=4, pairs_per_query=4, batch_pairs=8, **mined, **limits, **common),
-        folder / "trained" / "judge",
     )
     ranker.main(
         ranker.RankerConfig(
@@ -45,7 +41,8 @@ def main(folder: Path) -> None:
             candidates_per_query=4,
             check_depth=4,
             **mined,
-            **limits,
+            max_shared_tokens=80,
+            max_item_tokens=64,
             **common,
         ),
         folder / "trained" / "ranker",
@@ -55,6 +52,6 @@ def main(folder: Path) -> None:
 
 if __name__ == "__main__":
     folder = Path(sys.argv[1])
-    for name in ("encoder", "judge", "ranker"):
+    for name in ("encoder", "ranker"):
         (folder / "trained" / name).mkdir(parents=True)
     main(folder)

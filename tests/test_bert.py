@@ -5,10 +5,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from small_models import make, params
 
 from jaxsearch.errors import InputError
 from jaxsearch.nn.bert import BertConfig
+from tests.small_models import make, params
 
 CONFIG = BertConfig(vocab_size=64, embed_dim=32, mlp_dim=48, num_layers=3, num_heads=4, max_positions=24)
 

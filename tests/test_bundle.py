@@ -4,11 +4,11 @@ import shutil
 
 import numpy as np
 import pytest
-from tiny_bundle import DOCUMENTS, change_json, tiny_index, write_parts, write_tiny_bundle
 
 from jaxsearch.bundle import MANIFEST, load_bundle, write_bundle
 from jaxsearch.errors import InputError
 from jaxsearch.scoring.prefill import ScoreRequest
+from tests.tiny_bundle import DOCUMENTS, change_json, tiny_index, write_parts, write_tiny_bundle
 
 
 @pytest.fixture(scope="module")

@@ -12,11 +12,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import tokenizers
-from small_models import BERT, LLAMA, assert_same_bits, make
 
 from jaxsearch.checkpoints import CARD, TrainCheckpoints, load_model, model_version, save_model
 from jaxsearch.data.tokenizer import Tokenizer
 from jaxsearch.errors import InputError
+from tests.small_models import BERT, LLAMA, assert_same_bits, make
 
 CARD_OF_A_RANKER = {"kind": "ranker", "view": "short", "labels": ["yes", "no"]}
 

@@ -12,11 +12,11 @@ import pytest
 from flax import nnx
 from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
-from small_models import BERT, CONFIGS, LLAMA, QWEN2, QWEN3, assert_same_bits, make, params
 
 from jaxsearch.errors import InputError
 from jaxsearch.nn.convert import config_to_hf, conversion_table, load_pretrained, save_pretrained
 from jaxsearch.nn.lora import add_lora, merge_lora
+from tests.small_models import BERT, CONFIGS, LLAMA, QWEN2, QWEN3, assert_same_bits, make, params
 
 DTYPES = [jnp.float32, jnp.bfloat16, jnp.float16]
 
@@ -212,13 +212,13 @@ def test_what_cannot_be_stated_is_not_half_written(tmp_path):
 def test_paths_that_hold_no_model(tmp_path):
     with pytest.raises(InputError, match="neither a model folder"):
         load_pretrained(tmp_path / "absent")
-    with pytest.raises(InputError, match=r"config\.json does not exist"):
+    with pytest.raises(InputError, match=r"cannot read .*config\.json"):
         load_pretrained(tmp_path)
     (tmp_path / "config.json").write_text("[1]")
     with pytest.raises(InputError, match="expected"):
         load_pretrained(tmp_path)
     (tmp_path / "config.json").write_text("{")
-    with pytest.raises(InputError, match="not readable JSON"):
+    with pytest.raises(InputError, match="not JSON"):
         load_pretrained(tmp_path)
     (tmp_path / "config.json").write_text(json.dumps(config_to_hf(LLAMA)))
     with pytest.raises(InputError, match="safetensors"):

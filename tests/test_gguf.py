@@ -6,11 +6,11 @@ import gguf
 import numpy as np
 import pytest
 from safetensors.numpy import load_file
-from small_models import CONFIGS, LLAMA, assert_same_bits, make
 
 from jaxsearch.errors import InputError
 from jaxsearch.nn.convert import load_pretrained, save_pretrained
 from jaxsearch.nn.layers import RopeScaling
+from tests.small_models import CONFIGS, LLAMA, assert_same_bits, make
 
 
 def write_gguf(path, config, tensors, quantised=(), **changes):

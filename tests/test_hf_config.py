@@ -4,12 +4,12 @@ import dataclasses
 import json
 
 import pytest
-from small_models import CONFIGS, LLAMA, QWEN2, QWEN3
 
 from jaxsearch.errors import InputError
 from jaxsearch.nn.hf_config import config_from_hf, config_to_hf
 from jaxsearch.nn.layers import RopeScaling
 from jaxsearch.nn.transformer import DecoderConfig
+from tests.small_models import CONFIGS, LLAMA, QWEN2, QWEN3
 
 SCALINGS = [
     None,

@@ -28,26 +28,28 @@ from tests.tiny_collection import tiny_judge
 
 GRADE_IDS = (1, 4, 6, 9, 12)
 POLICY = (7, 3, 11)
+TOLERANCE = 1e-5  # of logits; measured maximum 3.5e-6 over 60 seeds
 
 
 @given(st.lists(st.floats(-30, 30), min_size=5, max_size=5))
 def test_probabilities_sum_to_one_and_the_label_stays_in_range(logits):
     probs = grade_probs(np.array([logits]))
-    np.testing.assert_allclose(probs.sum(), 1.0, rtol=1e-12)
+    np.testing.assert_allclose(probs.sum(), 1.0, rtol=5e-15)  # measured maximum 5.6e-16 over 5,000 cases
     assert 0.0 <= float(soft_label(probs)[0]) <= 1.0
-    np.testing.assert_allclose(expected_grade(probs), 4 * soft_label(probs))
+    np.testing.assert_array_equal(expected_grade(probs), 4 * soft_label(probs))
 
 
 def test_a_certain_judge_gives_its_grade():
     for grade in range(5):
         logits = np.full((1, 5), -50.0)
         logits[0, grade] = 50.0
-        np.testing.assert_allclose(expected_grade(grade_probs(logits)), [grade], atol=1e-12)
+        # measured maximum 3.7e-43: what the other grades weigh
+        np.testing.assert_allclose(expected_grade(grade_probs(logits)), [grade], rtol=0, atol=1e-15)
 
 
 def test_targets_keep_their_mass_and_their_peak():
     targets = grade_targets([0, 1, 2, 3, 4], smoothing=0.3)
-    np.testing.assert_allclose(targets.sum(axis=1), 1.0, rtol=1e-6)
+    np.testing.assert_allclose(targets.sum(axis=1), 1.0, rtol=2e-7)  # measured 0
     assert targets.argmax(axis=1).tolist() == [0, 1, 2, 3, 4]
     assert np.array_equal(grade_targets([3], smoothing=0.0)[0], [0, 0, 0, 1, 0])
 
@@ -72,7 +74,7 @@ def test_a_pair_behind_the_shared_policy_is_graded_as_alone():
         alone = decoder.logits(last_hidden(decoder(tokens), jnp.ones(tokens.shape, bool)))[
             0, jnp.asarray(GRADE_IDS)
         ]
-        np.testing.assert_allclose(together[row], alone, atol=1e-5)
+        np.testing.assert_allclose(together[row], alone, atol=TOLERANCE)
 
 
 def test_the_loss_is_the_cross_entropy_of_the_grades():
@@ -80,7 +82,8 @@ def test_the_loss_is_the_cross_entropy_of_the_grades():
     total, count, metrics = JudgeLoss(POLICY)(judge, batch)
     logits = np.asarray(judge(jnp.asarray(POLICY, jnp.int32), batch.tokens, batch.where), np.float64)
     log_probs = logits - np.log(np.exp(logits).sum(axis=1, keepdims=True))
-    np.testing.assert_allclose(float(total), -(np.asarray(batch.targets) * log_probs).sum(), rtol=1e-5)
+    expected = -(np.asarray(batch.targets) * log_probs).sum()
+    np.testing.assert_allclose(float(total), expected, rtol=1e-6)  # measured maximum 1.7e-7 over 60 seeds
     assert float(count) == 3.0
     assert float(metrics["tokens"]) == 12 + len(POLICY)
 
@@ -88,15 +91,21 @@ def test_the_loss_is_the_cross_entropy_of_the_grades():
 def test_the_adapter_gets_a_gradient_and_merges_away():
     judge, batch = Judge(make(LLAMA), grade_ids=GRADE_IDS), random_batch()
     policy = jnp.asarray(POLICY, jnp.int32)
-    before = np.asarray(judge(policy, batch.tokens, batch.where))
+    before = judge(policy, batch.tokens, batch.where)
     add_lora(judge.decoder, rank=2, alpha=4.0, targets="q_proj|down_proj", rngs=nnx.Rngs(0))
     graph, adapter, rest = nnx.split(judge, LoRAParam, ...)
     gradient = jax.jit(jax.grad(lambda state: JudgeLoss(POLICY)(nnx.merge(graph, state, rest), batch)[0]))(
         adapter
     )
     assert max(float(jnp.abs(leaf).max()) for leaf in jax.tree.leaves(gradient)) > 0
+    random = np.random.default_rng(0)
+    nnx.update(
+        judge, jax.tree.map(lambda a: jnp.asarray(0.3 * random.normal(size=a.shape), a.dtype), adapter)
+    )
+    adapted = judge(policy, batch.tokens, batch.where)
+    assert float(jnp.abs(adapted - before).max()) > 0.1  # measured minimum 0.82 over 60 seeds
     merge_lora(judge.decoder)
-    np.testing.assert_allclose(judge(policy, batch.tokens, batch.where), before, atol=1e-5)
+    np.testing.assert_allclose(judge(policy, batch.tokens, batch.where), adapted, atol=TOLERANCE)
 
 
 def test_a_saved_judge_carries_policy_and_prompt(tmp_path):

@@ -8,8 +8,9 @@ import sys
 import time
 
 import pytest
-from live_server import running, wait_until_ready
-from tiny_bundle import write_tiny_bundle
+
+from tests.live_server import running, wait_until_ready
+from tests.tiny_bundle import write_tiny_bundle
 
 
 @pytest.fixture(scope="module")

@@ -1,7 +1,6 @@
 """The O*NET activity collection: grades by the rule, numbers as documented, files without TensorFlow."""
 
 import csv
-import doctest
 import subprocess
 import sys
 from collections import Counter
@@ -28,11 +27,6 @@ def collection() -> Collection:
 def links() -> list[tuple[str, str, str]]:
     with assets.fetch("onet_tasks").open(encoding="utf-8-sig", newline="") as file:
         return [(row["DWA ID"], row["O*NET-SOC Code"], row["Task ID"]) for row in csv.DictReader(file)]
-
-
-def test_doctests():
-    result = doctest.testmod(onet_activities)
-    assert (result.attempted, result.failed) == (1, 0)
 
 
 ACTIVITIES = st.sampled_from(["4.A.1.D01", "4.A.1.D02", "4.A.2.D01", "4.B.1.D07"])

@@ -11,7 +11,7 @@ import pytest
 import rich.console
 
 from jaxsearch.errors import InputError
-from train.options import describe, load_config, override, progress, run, write_json
+from train.options import alone, describe, load_config, override, progress, run, write_json
 
 
 @dataclasses.dataclass(frozen=True)
@@ -208,6 +208,13 @@ def test_json_is_whole_or_as_before(tmp_path):
         write_json(path, {"a": object()})
     assert json.loads(path.read_text()) == {"a": 1}
     assert [entry.name for entry in path.parent.iterdir()] == ["report.json"]
+
+
+def test_two_launchers_never_work_in_one_folder(tmp_path):
+    with alone(tmp_path):
+        pass
+    with alone(tmp_path), pytest.raises(InputError, match="another process works in"), alone(tmp_path):
+        raise AssertionError
 
 
 def test_progress_without_a_terminal_prints_the_end():

@@ -1,6 +1,5 @@
 """Retrieval: exact against NumPy float64, real ScaNN, real bm25s, filters, shards, files, fusion."""
 
-import doctest
 import json
 import os
 import subprocess
@@ -13,7 +12,7 @@ import numpy as np
 import pytest
 
 from jaxsearch.errors import InputError
-from jaxsearch.retrieval import NO_DOCUMENT, Hits, fusion, lexical, pad_hits, starved, to_run
+from jaxsearch.retrieval import NO_DOCUMENT, Hits, fusion, pad_hits, starved, to_run
 from jaxsearch.retrieval.exact import ExactIndex
 from jaxsearch.retrieval.lexical import Bm25Index
 from jaxsearch.retrieval.scann import ScannIndex
@@ -226,11 +225,6 @@ def test_scann_is_exhaustive_on_small_corpora(data):
 TEXTS = ["Negotiate labor disputes", "Repair aircraft engines and engines", "Labor law", "", "Repair shoes"]
 
 
-def test_stem_docstring_example_holds():
-    result = doctest.testmod(lexical)
-    assert (result.attempted, result.failed) == (1, 0)
-
-
 def test_bm25_ranks_by_words_and_omits_the_rest():
     index = Bm25Index(TEXTS, names(5))
     scores, positions = index.search(["labor disputes", "ENGINES repair", "unheard-of", "the", ""], 3)
@@ -239,7 +233,7 @@ def test_bm25_ranks_by_words_and_omits_the_rest():
     # 2.2
     idf_labor, idf_disputes = np.log(1 + 3.5 / 2.5), np.log(1 + 4.5 / 1.5)
     expected = (idf_labor + idf_disputes) / (1 + 1.5 * (1 - 0.75 + 0.75 * 3 / 2.2))
-    assert scores[0, 0] == pytest.approx(expected, rel=1e-6)
+    assert scores[0, 0] == pytest.approx(expected, rel=2e-7)  # measured 1.8e-8
 
 
 def test_bm25_filters_and_ties():
@@ -306,11 +300,6 @@ def test_to_run_leaves_empty_places_out():
     hits = pad_hits(Hits(np.array([[2.0, 1.0]], np.float32), np.array([[1, 0]], np.int32)), 4)
     assert hits.scores.shape == (1, 4)
     assert to_run(hits, ["q"], ["a", "b"]) == {"q": {"b": 2.0, "a": 1.0}}
-
-
-def test_fusion_docstring_examples_hold():
-    result = doctest.testmod(fusion)
-    assert (result.attempted >= 3, result.failed) == (True, 0)
 
 
 def test_weighted_fusion_ignores_scale_and_fills_gaps():

@@ -37,6 +37,7 @@ EVERYTHING = DecoderConfig(
 )
 CONFIGS = {"llama": LLAMA, "everything": EVERYTHING}
 TOLERANCE = 5e-6  # hidden states have unit scale; measured maximum 1.2e-6 over 60 random cases
+BY_HAND = 5e-7  # relative, to numbers worked out by hand; measured maximum 4.8e-8
 
 
 @functools.cache
@@ -240,12 +241,13 @@ def test_rms_norm_by_hand():
     norm = RMSNorm(2, eps=0.0, rngs=nnx.Rngs(0))
     norm.weight[...] = jnp.asarray([1.0, 2.0])
     # mean square of [3, 4] is 12.5
-    np.testing.assert_allclose(norm(jnp.asarray([[3.0, 4.0]])), [[3 / 12.5**0.5, 8 / 12.5**0.5]], rtol=1e-6)
+    expected = [[3 / 12.5**0.5, 8 / 12.5**0.5]]
+    np.testing.assert_allclose(norm(jnp.asarray([[3.0, 4.0]])), expected, rtol=BY_HAND)
 
 
 def test_rotation_depends_on_distance_alone():
     frequencies, _ = rope_frequencies(4, 100.0, None, 64)
-    np.testing.assert_allclose(frequencies, [1.0, 0.1], rtol=1e-6)
+    np.testing.assert_allclose(frequencies, [1.0, 0.1], rtol=BY_HAND)
     rng = np.random.default_rng(0)
     query, key = (jnp.asarray(rng.normal(size=(1, 1, 4)), jnp.float32) for _ in "qk")
 
@@ -254,13 +256,14 @@ def test_rotation_depends_on_distance_alone():
         turned = [rotate(x, jnp.cos(a), jnp.sin(a)) for x, a in zip((query, key), angles, strict=True)]
         return float(jnp.sum(turned[0] * turned[1]))
 
-    assert product(7, 3) == pytest.approx(product(24, 20), abs=1e-5)
+    # measured maximum 9.5e-7 over 300 seeds
+    assert product(7, 3) == pytest.approx(product(24, 20), abs=5e-6)
     assert product(7, 3) != pytest.approx(product(7, 4), abs=1e-3)
 
 
 def test_linear_scaling_divides_frequencies():
     plain, scaled = (rope_frequencies(8, 1e4, s, 64)[0] for s in (None, RopeScaling("linear", 4.0)))
-    np.testing.assert_allclose(scaled, plain / 4, rtol=1e-6)
+    np.testing.assert_allclose(scaled, plain / 4, rtol=BY_HAND)
 
 
 def test_llama3_scaling_keeps_fast_and_divides_slow_channels():
@@ -271,7 +274,7 @@ def test_llama3_scaling_keeps_fast_and_divides_slow_channels():
     scaled, amplitude = rope_frequencies(8, 1e4, scaling, 512)
     kept = (64 * 0.1 / (2 * math.pi) - 1) / 3
     expected = [1.0, 0.1 * (kept + (1 - kept) / 8), 0.01 / 8, 0.001 / 8]
-    np.testing.assert_allclose(scaled, expected, rtol=1e-5)
+    np.testing.assert_allclose(scaled, expected, rtol=BY_HAND)
     assert (plain[0], amplitude) == (1.0, 1.0)
 
 
@@ -280,7 +283,7 @@ def test_yarn_scaling_ramps_and_amplifies():
     plain = rope_frequencies(8, 1e4, None, 2048)[0]
     scaled, amplitude = rope_frequencies(8, 1e4, scaling, 8192)
     # channels with 32 and 1 turns in 2048 positions: 8 ln(2048 / 2π n) / (2 ln 1e4) = 1.008 and 2.513 → from 1 to 3
-    np.testing.assert_allclose(scaled / plain, [1.0, 1.0, 0.5 + 0.5 / 4, 0.25], rtol=1e-5)
+    np.testing.assert_allclose(scaled / plain, [1.0, 1.0, 0.5 + 0.5 / 4, 0.25], rtol=BY_HAND)
     assert amplitude == pytest.approx(0.1 * math.log(4) + 1)
     assert rope_frequencies(8, 1e4, dataclasses.replace(scaling, attention_factor=0.5), 64)[1] == 0.5
     both = dataclasses.replace(scaling, mscale=1.0, mscale_all_dim=1.0)

@@ -1,12 +1,10 @@
 """Verticals as folders, and documents as text."""
 
-import doctest
 import shutil
 from pathlib import Path
 
 import pytest
 
-from jaxsearch.data import verticals
 from jaxsearch.data.records import Document
 from jaxsearch.data.verticals import document_text, load_vertical
 from jaxsearch.errors import InputError
@@ -29,11 +27,6 @@ def test_every_vertical_that_ships_loads(directory: Path):
     assert set(vertical.prompts) == {"judge", "ranker"}
     assert {"short", "full"} <= set(vertical.views)
     assert all(f"{grade}:" in vertical.policy for grade in range(5))
-
-
-def test_doctests():
-    result = doctest.testmod(verticals)
-    assert (result.attempted, result.failed) == (2, 0)
 
 
 @pytest.mark.parametrize(

@@ -138,7 +138,9 @@ def model_card(config: ExportConfig, collection: Collection, facts: dict[str, An
 
 
 def main(config: ExportConfig, workdir: Path) -> None:
-    collection, vertical = load_data(config, needs=("validation",) if config.calibration_queries else ())
+    collection, vertical = load_data(
+        config, needs=("validation",) if config.calibration_queries else (), view=config.lexical_view
+    )
     index = load_index(config, collection)
     ranker = load_ranker(config.ranker)
     queries = collection.split("validation")

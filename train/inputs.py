@@ -47,8 +47,8 @@ def load_data(
     collection = load_collection(config.collection, skip_bad_lines=config.skip_bad_lines)
     if empty := [split for split in needs if not collection.split(split)]:
         raise InputError(
-            f"{collection.name} has no queries in {' and '.join(empty)}: give them a split (train, validation, test), "
-            "or leave the split out everywhere to have one made"
+            f"{collection.name} has no graded queries in {' and '.join(empty)}: give them a split (train, "
+            "validation, test), or leave the split out everywhere to have one made"
         )
     if view is not None:
         _check_view(collection, vertical, view)

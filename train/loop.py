@@ -101,6 +101,10 @@ def fit(
 
     if loop.log_every < 1:
         raise InputError("log_every must be at least 1")
+    if evaluate is None and (loop.evaluate_every or loop.best_metric):
+        raise InputError(
+            "loop.evaluate_every and loop.best_metric: this trainer measures nothing while it trains"
+        )
     program = TrainStep(
         model,
         loss_fn,

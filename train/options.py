@@ -10,6 +10,7 @@ import ast
 import contextlib
 import dataclasses
 import difflib
+import fcntl
 import importlib.util
 import inspect
 import itertools
@@ -67,13 +68,31 @@ def run(
         variant = "-quick" if arguments.quick else ""
         workdir = Path(arguments.workdir or Path("work") / f"{Path(arguments.config).stem}{variant}")
         prepare(workdir)
-        main(config, workdir)
+        with alone(workdir):
+            main(config, workdir)
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)
         raise SystemExit(EXIT_INPUT_ERROR) from None
     except KeyboardInterrupt:
         print("interrupted; the same command goes on from the last checkpoint", file=sys.stderr)
         raise SystemExit(EXIT_INTERRUPTED) from None
+
+
+@contextlib.contextmanager
+def alone(workdir: Path) -> Iterator[None]:
+    """Holds the folder against other launchers; freed when this process ends, however it does.
+
+    Raises:
+        InputError: another process holds it.
+    """
+    with (workdir / ".lock").open("w") as handle:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise InputError(
+                f"another process works in {workdir}: wait until it is done, or choose another --workdir"
+            ) from None
+        yield
 
 
 def prepare(workdir: Path) -> None:

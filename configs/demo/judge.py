@@ -1,4 +1,4 @@
-"""The demo's judge: SmolLM2-135M + LoRA on 480 graded pairs of O*NET activities, short view.
+"""The demo's judge: SmolLM2-135M + LoRA on 320 graded pairs of O*NET activities, short view.
 
 Command: python -m train.judge --config configs/demo/judge.py --workdir work/demo/judge
 Time: 5.2 minutes on two cores of 95 GFLOP/s each, nothing compiled before.
@@ -13,7 +13,7 @@ def config() -> JudgeConfig:
     return JudgeConfig(
         dtype="bfloat16",
         check_queries=15,
-        loop=LoopConfig(num_steps=30),
+        loop=LoopConfig(num_steps=20),
         optimizer=OptimizerConfig(learning_rate=5e-4, warmup_steps=5),
     )
 

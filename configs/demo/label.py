@@ -1,4 +1,4 @@
-"""The demo's labels: the judge grades 640 pairs of 80 train queries.
+"""The demo's labels: the judge grades 480 pairs of 60 train queries.
 
 Command: python -m train.label --config configs/demo/label.py --workdir work/demo/label
          --set judge=work/demo/judge/model
@@ -10,7 +10,7 @@ from train.label import LabelConfig
 
 
 def config() -> LabelConfig:
-    return LabelConfig(judge="work/demo/judge/model", dtype="bfloat16", num_queries=80)
+    return LabelConfig(judge="work/demo/judge/model", dtype="bfloat16", num_queries=60)
 
 
 def quick() -> LabelConfig:

@@ -8,9 +8,9 @@ Numbers: the table of the evaluate stage; see `closing` for what they can and ca
 from train.demo import PipelineConfig, Stage
 
 CLOSING = (
-    "Grades are derived from O*NET's task links, not given by people. This budget (480 judge pairs, 2,560 ranker "
+    "Grades are derived from O*NET's task links, not given by people. This budget (320 judge pairs, 2,560 ranker "
     "pairs) shows that every part works and what fine-tuning the encoder buys; it does not show the order of the "
-    "stages after it: that takes the reference recipe."
+    "stages after it, for which two thousand pairs are too few."
 )
 
 

@@ -36,15 +36,6 @@ class Document:
     fields: Mapping[str, FieldValue]
 
 
-@dataclasses.dataclass(frozen=True, slots=True)
-class Grade:
-    """One judged pair, `grade` in 0..4."""
-
-    query_id: str
-    document_id: str
-    grade: int
-
-
 @dataclasses.dataclass(frozen=True)
 class Collection:
     """Queries, documents and grades with their fixed splits.

@@ -40,22 +40,22 @@ class Index(Protocol):
 
     ids: Sequence[str]
 
-    def search(self, queries: Any, k: int, filter_mask: Bool[np.ndarray, "..."] | None = None) -> Hits:
+    def search(self, queries: Any, k: int, filter_where: Bool[np.ndarray, "..."] | None = None) -> Hits:
         """The best k documents of each query among those whose mask is True ([n] shared, or [q n] per query)."""
         ...
 
 
-def count_passing(filter_mask: Bool[np.ndarray, "..."] | None, num_documents: int) -> Int[np.ndarray, "..."]:
+def count_passing(filter_where: Bool[np.ndarray, "..."] | None, num_documents: int) -> Int[np.ndarray, "..."]:
     """How many documents a filter lets through: one number, or one per query."""
-    return np.asarray(num_documents if filter_mask is None else filter_mask.sum(axis=-1))
+    return np.asarray(num_documents if filter_where is None else filter_where.sum(axis=-1))
 
 
 def starved(
-    hits: Hits, num_documents: int, filter_mask: Bool[np.ndarray, "..."] | None = None
+    hits: Hits, num_documents: int, filter_where: Bool[np.ndarray, "..."] | None = None
 ) -> Bool[np.ndarray, "q"]:
     """Queries for which an approximate index found fewer documents than k although the filter lets more through."""
     found = (hits.positions != NO_DOCUMENT).sum(axis=1)
-    return found < np.minimum(hits.positions.shape[1], count_passing(filter_mask, num_documents))
+    return found < np.minimum(hits.positions.shape[1], count_passing(filter_where, num_documents))
 
 
 def to_run(hits: Hits, query_ids: Sequence[str], document_ids: Sequence[str]) -> Run:
@@ -70,18 +70,18 @@ def to_run(hits: Hits, query_ids: Sequence[str], document_ids: Sequence[str]) ->
     }
 
 
-def check_request(num_queries: int, k: int, num_documents: int, filter_mask: np.ndarray | None) -> None:
+def check_request(num_queries: int, k: int, num_documents: int, filter_where: np.ndarray | None) -> None:
     """Raises InputError for a k or a filter that no index can answer."""
     if k < 1:
         raise InputError(f"k must be at least 1, got {k}")
-    if filter_mask is None:
+    if filter_where is None:
         return
-    if filter_mask.dtype != np.bool_:
-        raise InputError(f"a filter mask must be boolean, got {filter_mask.dtype}")
-    if filter_mask.shape not in ((num_documents,), (num_queries, num_documents)):
+    if filter_where.dtype != np.bool_:
+        raise InputError(f"a filter mask must be boolean, got {filter_where.dtype}")
+    if filter_where.shape not in ((num_documents,), (num_queries, num_documents)):
         raise InputError(
             f"a filter mask must have shape ({num_documents},) or ({num_queries}, {num_documents}), "
-            f"got {filter_mask.shape}"
+            f"got {filter_where.shape}"
         )
 
 

@@ -46,7 +46,7 @@ def _search_shard(
     embeds: Float[Array, "n e"],
     bias: Float[Array, "n"],
     query_embeds: Float[Array, "q e"],
-    filter_mask: Bool[Array, "m n"],
+    filter_where: Bool[Array, "m n"],
     *,
     k: int,
     chunk_size: int,
@@ -68,7 +68,7 @@ def _search_shard(
             preferred_element_type=jnp.float32,
         )
         scores = scores + jax.lax.dynamic_slice_in_dim(bias, start, chunk_size)[None, :]
-        allowed = jax.lax.dynamic_slice_in_dim(filter_mask, start, chunk_size, axis=1)
+        allowed = jax.lax.dynamic_slice_in_dim(filter_where, start, chunk_size, axis=1)
         scores = jnp.where(allowed, scores, -jnp.inf)
         positions = jnp.broadcast_to(first + start + jnp.arange(chunk_size, dtype=jnp.int32), scores.shape)
         merged = jnp.concatenate([best[0], scores], axis=1), jnp.concatenate([best[1], positions], axis=1)
@@ -235,14 +235,14 @@ class ExactIndex:
         self,
         queries: Float[np.ndarray, "q e"],
         k: int,
-        filter_mask: Shaped[np.ndarray, "n"] | Shaped[np.ndarray, "q n"] | None = None,
+        filter_where: Shaped[np.ndarray, "n"] | Shaped[np.ndarray, "q n"] | None = None,
     ) -> Hits:
         """The exact best k documents of each query among those whose mask is True.
 
         Args:
           queries: [q e] embeddings made by the documents' encoder.
           k: results per query; more than there are documents leaves empty places.
-          filter_mask: boolean, [n] for all queries, [q n] for each its own, or None.
+          filter_where: boolean, [n] for all queries, [q n] for each its own, or None.
 
         Returns:
           Hits [q k]: scores are float32 within 2e-6 of float64 for unit vectors
@@ -254,25 +254,25 @@ class ExactIndex:
         queries = np.asarray(queries)
         if queries.ndim != 2 or queries.shape[1] != self.embed_dim:
             raise InputError(f"queries must have shape [q {self.embed_dim}], got {list(queries.shape)}")
-        check_request(len(queries), k, len(self.ids), filter_mask)
+        check_request(len(queries), k, len(self.ids), filter_where)
         if not len(queries):
             return Hits(np.zeros((0, k), np.float32), np.zeros((0, k), np.int32))
         parts = []
         for start in range(0, len(queries), self.max_queries):
             part = slice(start, start + self.max_queries)
-            mask = filter_mask[part] if filter_mask is not None and filter_mask.ndim == 2 else filter_mask
+            mask = filter_where[part] if filter_where is not None and filter_where.ndim == 2 else filter_where
             parts.append(self._search_part(queries[part], min(k, len(self.ids)), mask))
         hits = Hits(*(np.concatenate(arrays) for arrays in zip(*parts, strict=True)))
         return pad_hits(hits, k)
 
-    def _search_part(self, queries: np.ndarray, k: int, filter_mask: np.ndarray | None) -> Hits:
+    def _search_part(self, queries: np.ndarray, k: int, filter_where: np.ndarray | None) -> Hits:
         count, bucket = len(queries), self._bucket_of_queries(len(queries))
         padded = np.pad(queries * self._weights[0], ((0, bucket - count), (0, 0))).astype(self._dtype)
-        kind: FilterKind = "shared" if filter_mask is None or filter_mask.ndim == 1 else "per_query"
-        if filter_mask is None:
+        kind: FilterKind = "shared" if filter_where is None or filter_where.ndim == 1 else "per_query"
+        if filter_where is None:
             mask = self._everything
         else:
-            rows = filter_mask[None, :] if kind == "shared" else filter_mask
+            rows = filter_where[None, :] if kind == "shared" else filter_where
             size = 1 if kind == "shared" else bucket
             rows = np.pad(rows, ((0, size - len(rows)), (0, self._num_rows - rows.shape[1])))
             mask = jax.device_put(rows, self._mask_sharding)

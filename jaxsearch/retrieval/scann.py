@@ -100,10 +100,10 @@ class ScannIndex:
         quantised = builder.score_ah(2, anisotropic_quantization_threshold=0.2)
         return quantised.reorder(self._settings["reorder"]).build()
 
-    def _num_fetched(self, k: int, filter_mask: np.ndarray | None) -> int:
-        if filter_mask is None:
+    def _num_fetched(self, k: int, filter_where: np.ndarray | None) -> int:
+        if filter_where is None:
             return min(k, len(self.ids))
-        fewest = max(1, int(count_passing(filter_mask, len(self.ids)).min()))
+        fewest = max(1, int(count_passing(filter_where, len(self.ids)).min()))
         wanted = math.ceil(self._settings["over_fetch"] * k * len(self.ids) / fewest)
         return min(len(self.ids), max(k, min(wanted, self._settings["max_fetch"])))
 
@@ -111,7 +111,7 @@ class ScannIndex:
         self,
         queries: Float[np.ndarray, "q e"],
         k: int,
-        filter_mask: Shaped[np.ndarray, "n"] | Shaped[np.ndarray, "q n"] | None = None,
+        filter_where: Shaped[np.ndarray, "n"] | Shaped[np.ndarray, "q n"] | None = None,
     ) -> Hits:
         """About the best k documents of each query; fewer where a filter starved the search (see `starved`).
 
@@ -120,13 +120,13 @@ class ScannIndex:
         queries = np.ascontiguousarray(queries, np.float32)
         if queries.ndim != 2 or queries.shape[1] != self.embed_dim:
             raise InputError(f"queries must have shape [q {self.embed_dim}], got {list(queries.shape)}")
-        check_request(len(queries), k, len(self.ids), filter_mask)
+        check_request(len(queries), k, len(self.ids), filter_where)
         result = Hits(
             np.full((len(queries), k), -np.inf, np.float32), np.full((len(queries), k), NO_DOCUMENT, np.int32)
         )
         if not len(queries):
             return result
-        fetched = self._num_fetched(k, filter_mask)
+        fetched = self._num_fetched(k, filter_where)
         reorder = max(fetched, self._settings["reorder"])
         positions, scores = self._searcher.search_batched(
             queries, final_num_neighbors=fetched, pre_reorder_num_neighbors=reorder
@@ -134,8 +134,8 @@ class ScannIndex:
         for query, (found, values) in enumerate(zip(positions, scores, strict=True)):
             found, values = np.asarray(found, np.int64), np.asarray(values, np.float32)
             is_kept = np.isfinite(values)
-            if filter_mask is not None:
-                is_kept &= filter_mask[found] if filter_mask.ndim == 1 else filter_mask[query, found]
+            if filter_where is not None:
+                is_kept &= filter_where[found] if filter_where.ndim == 1 else filter_where[query, found]
             found, values = found[is_kept], values[is_kept]
             order = np.lexsort((found, -values))[:k]
             result.scores[query, : len(order)] = values[order]
