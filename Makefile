@@ -33,7 +33,7 @@ demo: $(READY)  ## data to trained models to a served search, and how good each 
 serve: $(READY)  ## serves the bundle that `make demo` made
 	$(RUN) -m serve.main --bundle $(BUNDLE) --host $(HOST) --port $(PORT)
 
-reference: $(READY)  ## the real recipe; its table goes under docs/results
+reference: $(READY)  ## the real recipe; its table is docs/results/reference
 	$(RUN) -m train.demo --config configs/reference/pipeline.py --workdir $(REFERENCE_WORKDIR) $(QUICK_FLAG)
 
 test: $(READY)  ## every test that needs no other implementation to compare with
