@@ -132,26 +132,7 @@ def test_pairs_from_a_file_are_labelled_and_unknown_ones_refused(world, tmp_path
         labeller.main(label_config(world, pairs=str(pairs)), tmp_path / "others")
 
 
-def test_the_encoder_learns_in_rounds(world, tmp_path):
-    config = encoder_trainer.EncoderConfig(
-        backbone=world["encoder"],
-        rounds=2,
-        batch_queries=4,
-        documents_per_query=3,
-        max_query_tokens=24,
-        max_document_tokens=32,
-        loop=LoopConfig(num_steps=30),
-        optimizer=OPTIMIZER,
-        **common(world),
-    )
-    encoder_trainer.main(config, tmp_path)
-    report = json.loads((tmp_path / "report.json").read_text())
-    assert set(report) == {"before", "round-0", "round-1", "kept"}
-    assert report[report["kept"]]["ndcg@10"] > report["before"]["ndcg@10"]
-    assert load_encoder(tmp_path / "model").query_instruction == "Find: "
-
-
-def test_a_round_that_does_harm_is_undone(world, tmp_path):
+def encoder_config(world, **changes):
     config = encoder_trainer.EncoderConfig(
         backbone=world["encoder"],
         batch_queries=4,
@@ -159,10 +140,22 @@ def test_a_round_that_does_harm_is_undone(world, tmp_path):
         max_query_tokens=24,
         max_document_tokens=32,
         loop=LoopConfig(num_steps=3),
-        optimizer=OptimizerConfig(learning_rate=1e-12),
+        optimizer=OPTIMIZER,
         **common(world),
     )
-    encoder_trainer.main(config, tmp_path)
+    return dataclasses.replace(config, **changes)
+
+
+def test_the_encoder_learns_in_rounds(world, tmp_path):
+    encoder_trainer.main(encoder_config(world, rounds=2, loop=LoopConfig(num_steps=30)), tmp_path)
+    report = json.loads((tmp_path / "report.json").read_text())
+    assert set(report) == {"before", "round-0", "round-1", "kept"}
+    assert report[report["kept"]]["ndcg@10"] > report["before"]["ndcg@10"]
+    assert load_encoder(tmp_path / "model").query_instruction == "Find: "
+
+
+def test_a_round_that_does_harm_is_undone(world, tmp_path):
+    encoder_trainer.main(encoder_config(world, optimizer=OptimizerConfig(learning_rate=1e-12)), tmp_path)
     before, after = load_encoder(world["encoder"]), load_encoder(tmp_path / "model")
     assert json.loads((tmp_path / "report.json").read_text())["kept"] == "before"
     for left, right in zip(

@@ -1,7 +1,7 @@
 """The real recipe on O*NET activity search, short view, with a second ranker on the judge's labels alone.
 
 Command: python -m train.demo --config configs/reference/pipeline.py --workdir work/reference
-Time: 95 minutes on two cores of 95 GFLOP/s each, the stages summed, resumable (quick: about 5 minutes).
+Time: 95 minutes on two cores of 95 GFLOP/s each, the stages summed, resumable.
 Numbers: docs/results/reference.
 """
 
