@@ -285,6 +285,25 @@ def load_model(
     return LoadedModel(model, Tokenizer.from_path(path), card)
 
 
+def load_decoder(
+    directory: str | Path, *, kind: str, dtype: DTypeLike = jnp.float32
+) -> tuple[Decoder, Tokenizer, dict[str, Any]]:
+    """A decoder with a card, its tokenizer and the card.
+
+    Args:
+        kind: what the card must say that the folder holds ("judge", "ranker").
+    Raises:
+        InputError: it holds another kind of model, or what `load_model` refuses.
+    """
+    loaded = load_model(directory, dtype=dtype)
+    if loaded.card.get("kind") != kind or not isinstance(loaded.model, Decoder):
+        found = f"a model of kind {loaded.card['kind']}" if loaded.card else "a model without a card"
+        raise InputError(
+            f"{directory} holds {found}, not of kind {kind}: train one with python -m train.{kind}"
+        )
+    return loaded.model, loaded.tokenizer, loaded.card
+
+
 def model_version(path: str | Path) -> str:
     """Twelve hex digits over weights, config, tokenizer and card: equal files, equal version.
 

@@ -215,7 +215,7 @@ def load_encoder(directory: str | Path, *, dtype=jnp.float32) -> TextEncoder:
     loaded = checkpoints.load_model(directory, dtype=dtype)
     card = loaded.card or {"kind": "encoder"}
     if card["kind"] != "encoder":
-        raise InputError(f"{directory} holds a {card['kind']}, not an encoder")
+        raise InputError(f"{directory} holds a model of kind {card['kind']}, not of kind encoder")
     if not loaded.card and not isinstance(loaded.model, Bert):
         raise InputError(
             f"{directory} holds a decoder that was not trained to embed: run python -m train.encoder on it"

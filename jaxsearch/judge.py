@@ -16,10 +16,9 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
 from jaxsearch import checkpoints, losses
-from jaxsearch.data.prompts import PromptEncoder, PromptTemplate, PromptTokens
+from jaxsearch.data.prompts import PromptEncoder, PromptTokens
 from jaxsearch.data.records import MAX_GRADE, NUM_GRADES
 from jaxsearch.data.tokenizer import Tokenizer
-from jaxsearch.errors import InputError
 from jaxsearch.nn.transformer import Decoder, last_hidden
 
 GRADES = tuple(str(grade) for grade in range(NUM_GRADES))
@@ -124,24 +123,18 @@ def grade_targets(grades: Sequence[int], *, smoothing: float) -> Float[np.ndarra
 
 
 class TextJudge:
-    """A judge with its tokenizer, prompt and policy."""
+    """A judge with its prompt and policy."""
 
-    def __init__(
-        self,
-        judge: Judge,
-        tokenizer: Tokenizer,
-        prompt: PromptEncoder,
-        *,
-        policy: str,
-        view: str,
-        version: str = "",
-    ):
+    def __init__(self, judge: Judge, prompt: PromptEncoder, *, policy: str, view: str, version: str = ""):
         self.judge = judge
-        self.tokenizer = tokenizer
         self.prompt = prompt
         self.policy = policy
         self.view = view
         self.version = version
+
+    @property
+    def tokenizer(self) -> Tokenizer:
+        return self.prompt.tokenizer
 
     @property
     def decoder(self) -> Decoder:
@@ -162,24 +155,11 @@ class TextJudge:
 
 
 def new_judge(
-    decoder: Decoder,
-    tokenizer: Tokenizer,
-    template: PromptTemplate,
-    *,
-    policy: str,
-    view: str,
-    max_shared_tokens: int,
-    max_item_tokens: int,
+    decoder: Decoder, prompt: PromptEncoder, *, policy: str, view: str, version: str = ""
 ) -> TextJudge:
-    """A judge around a decoder that was not yet trained to grade."""
-    grade_ids = tuple(tokenizer.token_id(grade) for grade in GRADES)
-    prompt = PromptEncoder(
-        template,
-        tokenizer,
-        max_shared_tokens=max_shared_tokens,
-        max_item_tokens=max_item_tokens,
-    )
-    return TextJudge(Judge(decoder, grade_ids=grade_ids), tokenizer, prompt, policy=policy, view=view)
+    """A judge around a decoder; grades are read where the prompt's tokenizer has their digits."""
+    grade_ids = tuple(prompt.tokenizer.token_id(grade) for grade in GRADES)
+    return TextJudge(Judge(decoder, grade_ids=grade_ids), prompt, policy=policy, view=view, version=version)
 
 
 def load_judge(directory: str | Path, *, dtype=jnp.float32) -> TextJudge:
@@ -187,22 +167,9 @@ def load_judge(directory: str | Path, *, dtype=jnp.float32) -> TextJudge:
 
     Raises: InputError when the folder holds another kind of model.
     """
-    loaded = checkpoints.load_model(directory, dtype=dtype)
-    card = loaded.card
-    if not card or card["kind"] != "judge" or not isinstance(loaded.model, Decoder):
-        found = f"a {card['kind']}" if card else "a model without a card"
-        raise InputError(f"{directory} holds {found}, not a judge")
-    text_judge = new_judge(
-        loaded.model,
-        loaded.tokenizer,
-        PromptTemplate.from_text(card["prompt_text"]),
-        policy=card["policy_text"],
-        view=card["view"],
-        max_shared_tokens=card["max_shared_tokens"],
-        max_item_tokens=card["max_item_tokens"],
-    )
-    text_judge.version = checkpoints.model_version(directory)
-    return text_judge
+    decoder, tokenizer, card = checkpoints.load_decoder(directory, kind="judge", dtype=dtype)
+    prompt = PromptEncoder.from_card(card, tokenizer)
+    return new_judge(decoder, prompt, policy=card["policy_text"], view=card["view"], version=card["version"])
 
 
 def save_judge(directory: str | Path, text_judge: TextJudge, *, trained: dict[str, Any]) -> None:
@@ -211,9 +178,7 @@ def save_judge(directory: str | Path, text_judge: TextJudge, *, trained: dict[st
         "kind": "judge",
         "labels": list(GRADES),
         "policy_text": text_judge.policy,
-        "prompt_text": text_judge.prompt.template.text,
-        "max_shared_tokens": text_judge.prompt.max_shared_tokens,
-        "max_item_tokens": text_judge.prompt.max_item_tokens,
+        **text_judge.prompt.card(),
         "view": text_judge.view,
         "trained": trained,
     }

@@ -16,9 +16,8 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
 from jaxsearch import checkpoints, losses
-from jaxsearch.data.prompts import PromptEncoder, PromptTemplate, PromptTokens
+from jaxsearch.data.prompts import PromptEncoder, PromptTokens
 from jaxsearch.data.tokenizer import Tokenizer
-from jaxsearch.errors import InputError
 from jaxsearch.nn.transformer import Decoder
 
 LABELS = ("Yes", "No")
@@ -117,16 +116,17 @@ def _mean(values: Array, where: Array) -> Array:
 
 
 class TextRanker:
-    """A ranker with its tokenizer and prompt. `label_ids` are the rows of the output matrix that scoring reads."""
+    """A ranker with its prompt. `label_ids` are the rows of the output matrix that scoring reads."""
 
-    def __init__(
-        self, ranker: Ranker, tokenizer: Tokenizer, prompt: PromptEncoder, *, view: str, version: str = ""
-    ):
+    def __init__(self, ranker: Ranker, prompt: PromptEncoder, *, view: str, version: str = ""):
         self.ranker = ranker
-        self.tokenizer = tokenizer
         self.prompt = prompt
         self.view = view
         self.version = version
+
+    @property
+    def tokenizer(self) -> Tokenizer:
+        return self.prompt.tokenizer
 
     @property
     def decoder(self) -> Decoder:
@@ -146,24 +146,10 @@ class TextRanker:
         return label_logits[..., 0] - label_logits[..., 1]
 
 
-def new_ranker(
-    decoder: Decoder,
-    tokenizer: Tokenizer,
-    template: PromptTemplate,
-    *,
-    view: str,
-    max_shared_tokens: int,
-    max_item_tokens: int,
-) -> TextRanker:
-    """A ranker around a decoder that was not yet trained to rank."""
-    label_ids = (tokenizer.token_id(LABELS[0]), tokenizer.token_id(LABELS[1]))
-    prompt = PromptEncoder(
-        template,
-        tokenizer,
-        max_shared_tokens=max_shared_tokens,
-        max_item_tokens=max_item_tokens,
-    )
-    return TextRanker(Ranker(decoder, label_ids=label_ids), tokenizer, prompt, view=view)
+def new_ranker(decoder: Decoder, prompt: PromptEncoder, *, view: str, version: str = "") -> TextRanker:
+    """A ranker around a decoder; answers are read where the prompt's tokenizer has its labels."""
+    label_ids = (prompt.tokenizer.token_id(LABELS[0]), prompt.tokenizer.token_id(LABELS[1]))
+    return TextRanker(Ranker(decoder, label_ids=label_ids), prompt, view=view, version=version)
 
 
 def load_ranker(directory: str | Path, *, dtype=jnp.float32) -> TextRanker:
@@ -171,21 +157,9 @@ def load_ranker(directory: str | Path, *, dtype=jnp.float32) -> TextRanker:
 
     Raises: InputError when the folder holds another kind of model.
     """
-    loaded = checkpoints.load_model(directory, dtype=dtype)
-    card = loaded.card
-    if not card or card["kind"] != "ranker" or not isinstance(loaded.model, Decoder):
-        found = f"a {card['kind']}" if card else "a model without a card"
-        raise InputError(f"{directory} holds {found}, not a ranker")
-    text_ranker = new_ranker(
-        loaded.model,
-        loaded.tokenizer,
-        PromptTemplate.from_text(card["prompt_text"]),
-        view=card["view"],
-        max_shared_tokens=card["max_shared_tokens"],
-        max_item_tokens=card["max_item_tokens"],
-    )
-    text_ranker.version = checkpoints.model_version(directory)
-    return text_ranker
+    decoder, tokenizer, card = checkpoints.load_decoder(directory, kind="ranker", dtype=dtype)
+    prompt = PromptEncoder.from_card(card, tokenizer)
+    return new_ranker(decoder, prompt, view=card["view"], version=card["version"])
 
 
 def save_ranker(directory: str | Path, text_ranker: TextRanker, *, trained: dict[str, Any]) -> None:
@@ -193,9 +167,7 @@ def save_ranker(directory: str | Path, text_ranker: TextRanker, *, trained: dict
     card = {
         "kind": "ranker",
         "labels": list(LABELS),
-        "prompt_text": text_ranker.prompt.template.text,
-        "max_shared_tokens": text_ranker.prompt.max_shared_tokens,
-        "max_item_tokens": text_ranker.prompt.max_item_tokens,
+        **text_ranker.prompt.card(),
         "view": text_ranker.view,
         "trained": trained,
     }

@@ -7,18 +7,15 @@ import json
 import numpy as np
 import pytest
 import rich.console
-from flax import nnx
 
-from jaxsearch.data.prompts import PromptTemplate
 from jaxsearch.data.records import Collection, Document, Query
 from jaxsearch.errors import InputError
-from jaxsearch.judge import new_judge, save_judge
-from jaxsearch.nn.transformer import Decoder
-from jaxsearch.ranker import load_ranker
+from jaxsearch.judge import save_judge
 from jaxsearch.retrieval.exact import ExactIndex
 from jaxsearch.retrieval.lexical import Bm25Index
 from jaxsearch.retrieval.scann import ScannIndex
-from tests.tiny_bundle import JUDGE_PROMPT, write_parts
+from tests.tiny_bundle import write_parts
+from tests.tiny_collection import tiny_judge
 from train import evaluate, index, report
 from train.evaluate import FUSED, EvaluateConfig
 
@@ -166,17 +163,7 @@ def parts(tmp_path_factory):
     """Tiny models, a vertical, and a collection in files: 24 queries, 40 documents."""
     root = tmp_path_factory.mktemp("parts")
     folders = write_parts(root)
-    ranker = load_ranker(folders["ranker"])
-    judge = new_judge(
-        Decoder(ranker.decoder.config, rngs=nnx.Rngs(3)),
-        ranker.tokenizer,
-        PromptTemplate.from_text(JUDGE_PROMPT),
-        policy="Grade 4 when it fits.",
-        view="short",
-        max_shared_tokens=64,
-        max_item_tokens=80,
-    )
-    save_judge(root / "judge", judge, trained={})
+    save_judge(root / "judge", tiny_judge(folders), trained={})
     rng = np.random.default_rng(0)
     texts = [" ".join(rng.choice(WORDS, 3, replace=False)) for _ in range(40)]
     queries = [" ".join(rng.choice(WORDS, 2, replace=False)) for _ in range(24)]

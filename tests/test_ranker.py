@@ -122,5 +122,5 @@ def test_a_saved_ranker_asks_and_answers_as_before(tmp_path):
 
 
 def test_another_kind_of_model_is_refused(tmp_path):
-    with pytest.raises(InputError, match="encoder"):
+    with pytest.raises(InputError, match="of kind encoder, not of kind ranker"):
         load_ranker(write_parts(tmp_path)["encoder"])

@@ -8,7 +8,7 @@ from flax import nnx
 
 from jaxsearch.bundle import write_bundle
 from jaxsearch.calibration import IsotonicMap
-from jaxsearch.data.prompts import PromptTemplate
+from jaxsearch.data.prompts import PromptEncoder, PromptTemplate
 from jaxsearch.data.records import Document
 from jaxsearch.data.tokenizer import Tokenizer
 from jaxsearch.encoder import Encoder, TextEncoder, load_encoder, save_encoder
@@ -107,14 +107,9 @@ def write_parts(root: Path) -> dict[str, Path]:
         use_mlp_bias=False,
         tie_embeddings=True,
     )
-    ranker = new_ranker(
-        Decoder(decoder, rngs=nnx.Rngs(2)),
-        tokenizer,
-        PromptTemplate.from_text(RANKER_PROMPT),
-        view="short",
-        max_shared_tokens=80,
-        max_item_tokens=MAX_ITEM_TOKENS,
-    )
+    template = PromptTemplate.from_text(RANKER_PROMPT)
+    prompt = PromptEncoder(template, tokenizer, max_shared_tokens=80, max_item_tokens=MAX_ITEM_TOKENS)
+    ranker = new_ranker(Decoder(decoder, rngs=nnx.Rngs(2)), prompt, view="short")
     save_ranker(root / "ranker", ranker, trained={})
     vertical = root / "vertical"
     (vertical / "prompts").mkdir(parents=True)

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from flax import nnx
 
-from jaxsearch.data.prompts import PromptTemplate
+from jaxsearch.data.prompts import PromptEncoder, PromptTemplate
 from jaxsearch.judge import TextJudge, new_judge
 from jaxsearch.nn.transformer import Decoder
 from jaxsearch.ranker import load_ranker
@@ -36,12 +36,7 @@ def write_collection(folder: Path) -> Path:
 def tiny_judge(parts: dict[str, Path]) -> TextJudge:
     """A judge with random weights on the tiny tokenizer."""
     ranker = load_ranker(parts["ranker"])
-    return new_judge(
-        Decoder(ranker.decoder.config, rngs=nnx.Rngs(3)),
-        ranker.tokenizer,
-        PromptTemplate.from_text(JUDGE_PROMPT),
-        policy="Grade 4 when it fits.",
-        view="short",
-        max_shared_tokens=48,
-        max_item_tokens=80,
-    )
+    template = PromptTemplate.from_text(JUDGE_PROMPT)
+    prompt = PromptEncoder(template, ranker.tokenizer, max_shared_tokens=64, max_item_tokens=80)
+    decoder = Decoder(ranker.decoder.config, rngs=nnx.Rngs(3))
+    return new_judge(decoder, prompt, policy="Grade 4 when it fits.", view="short")

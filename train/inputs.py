@@ -19,6 +19,8 @@ from jaxsearch.encoder import TextEncoder, load_encoder
 from jaxsearch.errors import InputError
 from jaxsearch.judge import TextJudge
 from jaxsearch.metrics import restrict
+from jaxsearch.nn.convert import load_pretrained
+from jaxsearch.nn.transformer import Decoder
 from jaxsearch.ranker import TextRanker
 from jaxsearch.scoring.prefill import PrefillScorer
 
@@ -68,6 +70,17 @@ def _check_view(collection: Collection, vertical: Vertical, view: str) -> None:
             f"view {view!r} of {vertical.directory} reads {', '.join(absent)}, which no document of {collection.name} "
             f"has; they have {', '.join(sorted(known))}"
         )
+
+
+def load_base(directory: Path, *, dtype: str, use_remat: bool) -> Decoder:
+    """The decoder that a judge or a ranker is made of.
+
+    Raises: InputError for another network, or what `load_pretrained` refuses.
+    """
+    base = load_pretrained(directory, dtype=dtype, use_remat=use_remat)
+    if not isinstance(base, Decoder):
+        raise InputError(f"{directory} is not a decoder: judge and ranker need a base that can answer")
+    return base
 
 
 def load_retriever(name_or_path: str | Path) -> TextEncoder:

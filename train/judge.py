@@ -15,8 +15,8 @@ from flax import nnx
 from jaxsearch.checkpoints import model_version
 from jaxsearch.data.assets import resolve
 from jaxsearch.data.batches import multiples, pad_tokens, similar_length, step_batches
+from jaxsearch.data.prompts import PromptEncoder
 from jaxsearch.data.tokenizer import Tokenizer
-from jaxsearch.errors import InputError
 from jaxsearch.judge import (
     JudgeBatch,
     JudgeLoss,
@@ -28,11 +28,9 @@ from jaxsearch.judge import (
     save_judge,
 )
 from jaxsearch.metrics import kappa_interval
-from jaxsearch.nn.convert import load_pretrained
 from jaxsearch.nn.lora import LoRAParam, add_lora, merge_lora
-from jaxsearch.nn.transformer import Decoder
 from jaxsearch.scoring.prefill import ScoreRequest
-from train.inputs import load_data, load_retriever, offline_scorer, pair_texts, sample_pairs
+from train.inputs import load_base, load_data, load_retriever, offline_scorer, pair_texts, sample_pairs
 from train.loop import LoopConfig, OptimizerConfig, fit
 from train.options import claim, run, write_json
 
@@ -139,18 +137,14 @@ def main(config: JudgeConfig, workdir: Path) -> None:
         base=model_version(base),
         retriever=retriever.version,
     )
-    decoder = load_pretrained(base, dtype=config.dtype, use_remat=config.use_remat)
-    if not isinstance(decoder, Decoder):
-        raise InputError(f"{config.base} is not a decoder: a judge needs one that can answer")
-    judge = new_judge(
-        decoder,
-        Tokenizer.from_path(base),
+    decoder = load_base(base, dtype=config.dtype, use_remat=config.use_remat)
+    prompt = PromptEncoder(
         vertical.prompts["judge"],
-        policy=vertical.policy,
-        view=config.view,
+        Tokenizer.from_path(base),
         max_shared_tokens=config.max_shared_tokens,
         max_item_tokens=config.max_item_tokens,
     )
+    judge = new_judge(decoder, prompt, policy=vertical.policy, view=config.view)
     add_lora(
         decoder,
         rank=config.lora_rank,

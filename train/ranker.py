@@ -25,18 +25,17 @@ from jaxsearch.data.batches import (
     shuffled,
     step_batches,
 )
+from jaxsearch.data.prompts import PromptEncoder
 from jaxsearch.data.records import MAX_GRADE, Collection, Run
 from jaxsearch.data.tokenizer import Tokenizer
 from jaxsearch.data.verticals import Vertical
 from jaxsearch.encoder import TextEncoder
 from jaxsearch.errors import InputError
 from jaxsearch.metrics import rank_metrics
-from jaxsearch.nn.convert import load_pretrained
 from jaxsearch.nn.pruning import keep_layers
-from jaxsearch.nn.transformer import Decoder
 from jaxsearch.ranker import Ranker, RankerBatch, RankerLoss, TextRanker, new_ranker, save_ranker
 from jaxsearch.scoring.prefill import PrefillScorer, ScoreRequest
-from train.inputs import load_data, load_retriever, mine, offline_scorer, seen_qrels
+from train.inputs import load_base, load_data, load_retriever, mine, offline_scorer, seen_qrels
 from train.label import Label, read_labels
 from train.loop import LoopConfig, OptimizerConfig, fit
 from train.options import claim, run, write_json
@@ -245,17 +244,14 @@ def main(config: RankerConfig, workdir: Path) -> None:
         base=model_version(base),
         retriever=retriever.version,
     )
-    decoder = load_pretrained(base, dtype=config.dtype, use_remat=config.use_remat)
-    if not isinstance(decoder, Decoder):
-        raise InputError(f"{config.base} is not a decoder: a ranker needs one that can answer")
-    ranker = new_ranker(
-        keep_layers(decoder, config.layers),
-        Tokenizer.from_path(base),
+    prompt = PromptEncoder(
         vertical.prompts["ranker"],
-        view=config.view,
+        Tokenizer.from_path(base),
         max_shared_tokens=config.max_shared_tokens,
         max_item_tokens=config.max_item_tokens,
     )
+    decoder = load_base(base, dtype=config.dtype, use_remat=config.use_remat)
+    ranker = new_ranker(keep_layers(decoder, config.layers), prompt, view=config.view)
     del decoder
     mined = mine(
         retriever, collection, collection.split("train"), vertical, view=config.view, depth=config.mined_depth

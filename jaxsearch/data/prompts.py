@@ -10,6 +10,7 @@ import dataclasses
 import hashlib
 import re
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 from jaxsearch.data.tokenizer import Tokenizer
 from jaxsearch.errors import InputError
@@ -132,6 +133,24 @@ class PromptEncoder:
                     f"the {part} part of the prompt template takes {size} tokens before its slots are "
                     f"filled, but max_{part}_tokens is {limit}: raise the limit or shorten the template"
                 )
+
+    @classmethod
+    def from_card(cls, card: Mapping[str, Any], tokenizer: Tokenizer) -> "PromptEncoder":
+        """From the entries that `card` gave to a model's card."""
+        return cls(
+            PromptTemplate.from_text(card["prompt_text"]),
+            tokenizer,
+            max_shared_tokens=card["max_shared_tokens"],
+            max_item_tokens=card["max_item_tokens"],
+        )
+
+    def card(self) -> dict[str, Any]:
+        """What a model's card says of its prompt: JSON values that `from_card` reads."""
+        return {
+            "prompt_text": self.template.text,
+            "max_shared_tokens": self.max_shared_tokens,
+            "max_item_tokens": self.max_item_tokens,
+        }
 
     def encode_shared(self, **slots: str) -> list[int]:
         """Tokens of the shared part.
