@@ -8,7 +8,7 @@ from jaxsearch.data.records import Collection, Document, Query
 from jaxsearch.errors import InputError
 from tests.tiny_bundle import write_parts
 from tests.tiny_collection import write_collection
-from train.inputs import load_data, seen_qrels
+from train.inputs import load_data, validate
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,7 +60,7 @@ def test_a_split_without_queries_is_named(data, tmp_path):
         load_data(own, needs=("train", "validation", "test"))
 
 
-def test_validation_needs_a_relevant_seen_document(data):
+def test_validation_counts_seen_documents_only_and_needs_a_relevant_one(data):
     _, vertical = load_data(data)
     collection = Collection(
         name="tiny",
@@ -71,4 +71,8 @@ def test_validation_needs_a_relevant_seen_document(data):
         unseen_documents=frozenset({"unseen"}),
     )
     with pytest.raises(InputError, match=r"none of the 1 validation queries .* grade 2 or above"):
-        seen_qrels(collection, vertical, list(collection.queries.values()))
+        validate(collection, vertical, list(collection.queries.values()), {"q": {"seen": 1.0}})
+    graded = dataclasses.replace(collection, qrels={"q": {"seen": 2, "unseen": 4}})
+    queries = list(graded.queries.values())
+    assert validate(graded, vertical, queries, {"q": {"seen": 1.0}}) == {"ndcg@10": 1.0}
+    assert validate(graded, vertical, queries, {"q": {"unseen": 1.0}}) == {"ndcg@10": 0.0}

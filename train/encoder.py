@@ -25,14 +25,13 @@ from jaxsearch.data.batches import (
     shuffled,
     step_batches,
 )
-from jaxsearch.data.records import Collection, Query, Run
+from jaxsearch.data.records import Collection, Run
 from jaxsearch.data.tokenizer import Tokenizer
 from jaxsearch.data.verticals import Vertical
 from jaxsearch.encoder import Encoder, EncoderBatch, EncoderLoss, TextEncoder, save_encoder
 from jaxsearch.errors import InputError
-from jaxsearch.metrics import rank_metrics
 from jaxsearch.nn.convert import load_pretrained
-from train.inputs import load_data, mine, seen_qrels
+from train.inputs import load_data, mine, validate
 from train.loop import LoopConfig, OptimizerConfig, fit
 from train.options import claim, run, write_json
 
@@ -131,20 +130,6 @@ class EncoderData:
         )
 
 
-def validation_metrics(
-    encoder: TextEncoder, collection: Collection, vertical: Vertical, queries: list[Query], view: str
-) -> dict[str, float]:
-    """Means over queries, seen documents only: what a checkpoint may be chosen by."""
-    run_ = mine(encoder, collection, queries, vertical, view=view, depth=100)
-    values = rank_metrics(
-        seen_qrels(collection, vertical, queries),
-        run_,
-        threshold=vertical.relevant_threshold,
-        metrics=("ndcg@10", "recall@100"),
-    )
-    return {name: float(np.mean(list(per_query.values()))) for name, per_query in values.items()}
-
-
 def main(config: EncoderConfig, workdir: Path) -> None:
     if config.optimizer.accumulate != 1:
         raise InputError("the encoder's negatives are the whole batch: leave optimizer.accumulate at 1")
@@ -175,7 +160,8 @@ def main(config: EncoderConfig, workdir: Path) -> None:
 
     def evaluate(model: Encoder) -> dict[str, float]:
         text_encoder.use_weights(model)
-        return validation_metrics(text_encoder, collection, vertical, held_out, config.view)
+        found = mine(text_encoder, collection, held_out, vertical, view=config.view, depth=100)
+        return validate(collection, vertical, held_out, found, ("ndcg@10", "recall@100"))
 
     report = {"before": evaluate(encoder)}
     kept, best = "before", jax.tree.map(np.array, nnx.state(encoder))

@@ -12,13 +12,13 @@ import numpy as np
 
 from jaxsearch.data.assets import resolve
 from jaxsearch.data.batches import CandidateSampler, multiples
-from jaxsearch.data.records import Collection, Qrels, Query, Run
+from jaxsearch.data.records import Collection, Query, Run
 from jaxsearch.data.sources import load_collection
 from jaxsearch.data.verticals import Vertical, load_vertical
 from jaxsearch.encoder import TextEncoder, load_encoder
 from jaxsearch.errors import InputError
 from jaxsearch.judge import TextJudge
-from jaxsearch.metrics import restrict
+from jaxsearch.metrics import rank_metrics, restrict
 from jaxsearch.nn.convert import load_pretrained
 from jaxsearch.nn.transformer import Decoder
 from jaxsearch.ranker import TextRanker
@@ -155,19 +155,27 @@ def pair_texts(
     ]
 
 
-def seen_qrels(collection: Collection, vertical: Vertical, queries: Sequence[Query]) -> Qrels:
-    """The grades of seen documents only: what a checkpoint may be chosen by.
+def validate(
+    collection: Collection,
+    vertical: Vertical,
+    queries: Sequence[Query],
+    ranking: Run,
+    metrics: Sequence[str] = ("ndcg@10",),
+) -> dict[str, float]:
+    """Means over the queries by the grades of seen documents only: what a checkpoint may be chosen by.
 
     Raises: InputError when no query has a relevant one, so that nothing could be measured.
     """
     qrels = {query.id: collection.qrels.get(query.id, {}) for query in queries}
     seen = restrict(qrels, collection.documents.keys() - collection.unseen_documents)
-    if not any(grade >= vertical.relevant_threshold for grades in seen.values() for grade in grades.values()):
+    threshold = vertical.relevant_threshold
+    if not any(grade >= threshold for grades in seen.values() for grade in grades.values()):
         raise InputError(
             f"none of the {len(queries)} validation queries that are looked at has a seen document of grade "
-            f"{vertical.relevant_threshold} or above: there is nothing to validate on; grade more or check more queries"
+            f"{threshold} or above: there is nothing to validate on; grade more or check more queries"
         )
-    return seen
+    values = rank_metrics(seen, ranking, threshold=threshold, metrics=metrics)
+    return {name: float(np.mean(list(per_query.values()))) for name, per_query in values.items()}
 
 
 def offline_scorer(model: TextJudge | TextRanker, *, max_batch_tokens: int = 2048) -> PrefillScorer:

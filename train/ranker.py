@@ -31,11 +31,10 @@ from jaxsearch.data.tokenizer import Tokenizer
 from jaxsearch.data.verticals import Vertical
 from jaxsearch.encoder import TextEncoder
 from jaxsearch.errors import InputError
-from jaxsearch.metrics import rank_metrics
 from jaxsearch.nn.pruning import keep_layers
 from jaxsearch.ranker import Ranker, RankerBatch, RankerLoss, TextRanker, new_ranker, save_ranker
 from jaxsearch.scoring.prefill import PrefillScorer, ScoreRequest
-from train.inputs import load_base, load_data, load_retriever, mine, offline_scorer, seen_qrels
+from train.inputs import load_base, load_data, load_retriever, mine, offline_scorer, validate
 from train.label import Label, read_labels
 from train.loop import LoopConfig, OptimizerConfig, fit
 from train.options import claim, run, write_json
@@ -204,22 +203,18 @@ class Validation:
         retriever: TextEncoder,
         config: RankerConfig,
     ):
-        queries = collection.split("validation")[: config.check_queries]
+        self.queries = collection.split("validation")[: config.check_queries]
         self.ranker, self.collection, self.vertical = ranker, collection, vertical
         self.candidates = mine(
-            retriever, collection, queries, vertical, view=config.view, depth=config.check_depth
+            retriever, collection, self.queries, vertical, view=config.view, depth=config.check_depth
         )
-        self.qrels = seen_qrels(collection, vertical, queries)
+        self.retriever_metrics = validate(collection, vertical, self.queries, self.candidates)
         self.scorer = offline_scorer(ranker)
 
     def __call__(self, model: Ranker) -> dict[str, float]:
         self.scorer.use_weights(model.decoder)
-        return self.metrics(rerank(self.ranker, self.scorer, self.collection, self.vertical, self.candidates))
-
-    def metrics(self, ranking: Run) -> dict[str, float]:
-        threshold = self.vertical.relevant_threshold
-        values = rank_metrics(self.qrels, ranking, threshold=threshold, metrics=("ndcg@10",))
-        return {"ndcg@10": float(np.mean(list(values["ndcg@10"].values())))}
+        reranked = rerank(self.ranker, self.scorer, self.collection, self.vertical, self.candidates)
+        return validate(self.collection, self.vertical, self.queries, reranked)
 
 
 def is_trained(use_frozen_embeddings: bool):
@@ -270,7 +265,7 @@ def main(config: RankerConfig, workdir: Path) -> None:
     )
     report = {
         "validation": evaluate(ranker.ranker),
-        "retriever": evaluate.metrics(evaluate.candidates),
+        "retriever": evaluate.retriever_metrics,
         "steps": result.step,
         "labels": len(labels),
     }
