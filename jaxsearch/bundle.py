@@ -223,6 +223,11 @@ def load_bundle(directory: str | Path) -> Bundle:
     others.
     """
     directory = Path(directory)
+    if not (directory / MANIFEST).is_file():
+        raise InputError(
+            f"{directory} holds no bundle: make one with `make demo` (QUICK=1: the small one), or with python -m "
+            "train.export"
+        )
     manifest = read_object(directory / MANIFEST, hint="export the bundle again")
     if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
         raise InputError(f"{directory / MANIFEST} is not a bundle of format {FORMAT}; export it again")

@@ -69,7 +69,7 @@ class EncoderBatch:
 
 @dataclasses.dataclass(frozen=True)
 class EncoderLoss:
-    """InfoNCE over the batch plus a margin between a query's positive and its own negatives (system.md §2).
+    """InfoNCE over the batch plus a margin between a query's positive and its own negatives.
 
     The published system states neither value; these are starting values, not tuned yet.
     """

@@ -1,9 +1,10 @@
-"""JSON files read with one clear error, files hashed, folders put in place whole. What they hold is the caller's."""
+"""JSON files read with one clear error and written whole, files hashed, folders put in place whole."""
 
 import hashlib
 import json
 import os
 import shutil
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +32,26 @@ def read_object(path: str | os.PathLike[str], *, hint: str = "") -> dict[str, An
             f"{path} holds a {type(value).__name__} where a JSON object is expected{hint and f'; {hint}'}"
         )
     return value
+
+
+def write_json(path: str | Path, value: Any) -> None:
+    """Writes JSON so that a reader sees the whole old file or the whole new one.
+
+    Raises:
+        TypeError: `value` holds what JSON does not know. ValueError: it holds NaN or an infinity.
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    text = json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False)
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    try:
+        with os.fdopen(handle, "w", encoding="utf-8") as file:
+            file.write(text + "\n")
+        os.chmod(temporary, 0o644)
+        os.replace(temporary, path)
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
+        raise
 
 
 def sha256_hex(path: str | os.PathLike[str]) -> str:

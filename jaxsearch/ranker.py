@@ -70,7 +70,7 @@ class RankerBatch:
 
 @dataclasses.dataclass(frozen=True)
 class RankerLoss:
-    """Distillation from the judge + gold + list-wise term (system.md §3), each with its weight.
+    """Distillation from the judge + gold + list-wise term, each with its weight.
 
     The point-wise terms compare sigmoid(logit) with a soft label. The list-wise term compares the softmax over a
     query's candidates with that of its targets (gold where there is gold, else the teacher) divided by

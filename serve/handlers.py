@@ -1,4 +1,4 @@
-"""What each path answers: from a parsed body to the reply's fields (api.md §3).
+"""What each path answers: from a parsed body to the reply's fields.
 
 A handler checks, tokenises in a thread, queues a job and shapes the reply. Statuses, headers and reading the body are
 `routes`', the search pipeline is `search`'s.

@@ -44,8 +44,10 @@ def _listen(host: str, port: int) -> socket.socket:
     try:
         return socket.create_server((host, port))
     except (OSError, OverflowError) as error:
+        number = getattr(error, "errno", 0) or 0
+        reason = os.strerror(number) if number > 0 else str(error)
         raise InputError(
-            f"cannot listen on {host}:{port} ({error}); choose another --port or --host"
+            f"cannot listen on {host}:{port} ({reason}); choose another --port or --host"
         ) from None
 
 
@@ -77,6 +79,7 @@ def serve(options: argparse.Namespace, console: rich.console.Console) -> None:
     server.run(sockets=[listener])
     if engine.failure is not None:
         raise InputError(f"not ready: {engine.failure}")
+    console.print("stopped; everything that was accepted is answered")
 
 
 def main() -> None:

@@ -1,10 +1,11 @@
-"""The bodies that clients send, and how they are told that one is wrong (api.md §3).
+"""The bodies that clients send, and how they are told that one is wrong.
 
 Bodies are read as JSON by `parse`, checked by a model of this module, and what the model does not know comes back as
 warnings. Nothing here touches the engine.
 """
 
-from typing import Annotated, Any, Literal, TypeVar
+import difflib
+from typing import Annotated, Any, ClassVar, Literal, TypeVar
 
 import orjson
 import pydantic
@@ -37,7 +38,9 @@ class RequestError(Exception):
 
 
 class _Body(pydantic.BaseModel):
-    model_config = ConfigDict(strict=True, extra="allow")
+    model_config = ConfigDict(strict=True, extra="allow", use_attribute_docstrings=True)
+    is_ours: ClassVar[bool] = False
+    """Our own clients are told of a field that nobody reads; those of others send more than we know."""
 
 
 Text = Annotated[str, Field(min_length=1)]
@@ -88,28 +91,44 @@ class EmbeddingsBody(_Body):
 
 
 class RetrieveOptions(_Body):
+    """Where candidates come from."""
+
     sources: list[Literal["embedding", "bm25"]] = ["embedding", "bm25"]
+    """Two sources are fused by reciprocal rank."""
     depth: Annotated[int, Field(ge=1, le=MAX_DEPTH)] = 100
+    """Candidates of each source, and of all together."""
 
 
 class RankOptions(_Body):
+    """What orders them."""
+
     depth: Annotated[int, Field(ge=0, le=MAX_DEPTH)] = 20
+    """The best candidates, which the ranker scores; 0: retrieval's order stays."""
     variant: str = "ranker"
     objective: dict[str, float] = {"relevance": 1.0}
 
 
 class SearchBody(_Body):
-    """`/v1/search`, ours (api.md §9)."""
+    """`/v1/search`, ours: retrieve, then rank."""
 
+    is_ours: ClassVar[bool] = True
     query: Text
     vertical: str | None = None
+    """Refused when the server has another one."""
     top_k: Annotated[int, Field(ge=1, le=MAX_TOP_K)] = 10
+    """Results of one page."""
     cursor: str | None = None
+    """Of an earlier reply: the next page of that very list."""
     filter: dict[str, Any] | None = None
+    """`and`, `or`: lists of filters; `not`: a filter; or a `field` with one of eq ne in lt lte gt gte exists."""
     retrieve: RetrieveOptions = RetrieveOptions()
     rank: RankOptions = RankOptions()
     facets: list[str] = []
+    """Fields whose values are counted among the candidates."""
+    fields: list[str] | None = None
+    """Document fields to return; all when absent."""
     explain: bool = False
+    """Each result says which source found it, at which rank, with which score."""
     timeout_ms: Annotated[float, Field(gt=0)] | None = None
 
 
@@ -148,7 +167,8 @@ def validate(
 ) -> tuple[BodyType, list[str]]:
     """The typed body and a warning for each field that nobody reads.
 
-    Nulls count as absent, since clients send them. Raises: RequestError 400, also for unknown fields when `is_strict`.
+    Nulls count as absent, since clients send them. Raises: RequestError 400, also for unknown fields when `is_strict`
+    or the body is our own.
     """
     given = {key: value for key, value in body.items() if value is not None}
     try:
@@ -156,10 +176,12 @@ def validate(
     except pydantic.ValidationError as error:
         raise _as_request_error(error) from None
     unknown = _unknown_fields(typed)
-    if unknown and is_strict:
-        raise RequestError(
-            400, f"unknown fields: {', '.join(unknown)}", code="unknown_field", param=unknown[0]
-        )
+    if unknown and (is_strict or kind.is_ours):
+        name, siblings = next(iter(unknown.items()))
+        near = difflib.get_close_matches(name.rpartition(".")[2], siblings, n=1)
+        hint = f"did you mean {near[0]}?" if near else f"known: {', '.join(siblings)}"
+        message = f"unknown fields: {', '.join(unknown)}; {hint}"
+        raise RequestError(400, message, code="unknown_field", param=name)
     query = body.get("query")
     if isinstance(query, str) and not query.strip():
         raise RequestError(400, "query is empty; give some text", code="empty_input", param="query")
@@ -184,13 +206,16 @@ def error_body(error: RequestError, *, dialect: str, request_id: str) -> dict[st
     }
 
 
-def _unknown_fields(model: _Body, prefix: str = "") -> list[str]:
-    names = [prefix + name for name, value in (model.model_extra or {}).items() if value is not None]
-    for field in type(model).model_fields:
+def _unknown_fields(model: _Body, prefix: str = "") -> dict[str, list[str]]:
+    """Given fields that the model does not have, each with those that it could have been."""
+    known = list(type(model).model_fields)
+    extra = model.model_extra or {}
+    unknown = {prefix + name: known for name, value in extra.items() if value is not None}
+    for field in known:
         value = getattr(model, field)
         if isinstance(value, _Body):
-            names += _unknown_fields(value, f"{prefix}{field}.")
-    return names
+            unknown |= _unknown_fields(value, f"{prefix}{field}.")
+    return unknown
 
 
 def _as_request_error(error: pydantic.ValidationError) -> RequestError:

@@ -1,4 +1,4 @@
-"""HTTP in front of the handlers: readiness, bodies, statuses, headers, and the paths (api.md §1, §3.3).
+"""HTTP in front of the handlers: readiness, bodies, statuses, headers, the paths and their OpenAPI description.
 
 Liveness (`/health`) and readiness (`/ready`) differ: the port answers while programs are still being compiled. What is
 wrong with a request is told in the body that the path's clients read.
@@ -11,20 +11,34 @@ import math
 import threading
 import time
 import uuid
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from typing import Any
 
+import pydantic.json_schema
 from fastapi import FastAPI, Request, Response
+from fastapi.openapi.utils import get_openapi
 from starlette.exceptions import HTTPException
 
 from jaxsearch.errors import InputError
 from serve.batcher import DeadlineExceeded, QueueFull, Stopped
 from serve.engine import Engine
 from serve.handlers import Call, ClientLeft, Limits, Reply, Service
-from serve.protocol import RequestError, error_body, parse, to_json
+from serve.protocol import (
+    EmbeddingsBody,
+    PairsBody,
+    RequestError,
+    RerankBody,
+    ScoreBody,
+    SearchBody,
+    error_body,
+    parse,
+    to_json,
+)
 
 LARGE_BODY_BYTES = 256 * 1024
 """Bodies above this are parsed in a thread."""
 STARTING_SECONDS = 5
+SCHEMA_PLACE = "#/components/schemas/{model}"
 
 log = logging.getLogger("jaxsearch.serve")
 
@@ -135,32 +149,64 @@ def create_app(
         service.executor.shutdown()
 
     app = FastAPI(title="jaxsearch", lifespan=lifespan)
-    handlers = {
-        service.score: ("/v1/score", "/score"),
-        service.rerank: ("/rerank", "/v1/rerank", "/v2/rerank", "/v1/reranking"),
-        service.embeddings: ("/v1/embeddings", "/embeddings"),
-        service.search: ("/v1/search",),
-    }
-    for handler, paths in handlers.items():
+    posts = [
+        (service.search, ("/v1/search",), (SearchBody,)),
+        (service.rerank, ("/v1/rerank", "/v2/rerank", "/rerank", "/v1/reranking"), (RerankBody,)),
+        (service.score, ("/v1/score", "/score"), (ScoreBody, PairsBody)),
+        (service.embeddings, ("/v1/embeddings", "/embeddings"), (EmbeddingsBody,)),
+    ]
+    for handler, paths, bodies in posts:
         for path in paths:
-            _add_post(app, service, path, handler)
+            _add_post(app, service, path, handler, bodies)
     _add_gets(app, service)
+    _describe(app, [body for _, _, bodies in posts for body in bodies])
 
     @app.exception_handler(HTTPException)
     async def refuse(request: Request, error: HTTPException) -> Response:
         message = f"{request.method} {request.url.path}: {error.detail}"
-        refusal = RequestError(error.status_code, message, code="not_found")
+        code = "method_not_allowed" if error.status_code == 405 else "not_found"
+        refusal = RequestError(error.status_code, message, code=code)
         content = to_json(error_body(refusal, dialect="rerank", request_id=uuid.uuid4().hex))
         return Response(content, error.status_code, error.headers, media_type="application/json")
 
     return app
 
 
-def _add_post(app: FastAPI, service: Service, path: str, handler: Callable[[Call], Awaitable[Reply]]) -> None:
+def _add_post(
+    app: FastAPI,
+    service: Service,
+    path: str,
+    handler: Callable[[Call], Awaitable[Reply]],
+    bodies: Sequence[type[pydantic.BaseModel]],
+) -> None:
     async def endpoint(request: Request) -> Response:
         return await _answer(service, request, handler)
 
-    app.add_api_route(path, endpoint, methods=["POST"], response_model=None)
+    schemas = [{"$ref": SCHEMA_PLACE.format(model=body.__name__)} for body in bodies]
+    content = {"application/json": {"schema": schemas[0] if len(schemas) == 1 else {"anyOf": schemas}}}
+    app.add_api_route(
+        path,
+        endpoint,
+        methods=["POST"],
+        response_model=None,
+        summary=path.rpartition("/")[2].capitalize(),
+        description=" ".join((bodies[0].__doc__ or "").split()),
+        openapi_extra={"requestBody": {"required": True, "content": content}},
+    )
+
+
+def _describe(app: FastAPI, bodies: Sequence[type[pydantic.BaseModel]]) -> None:
+    """Puts the bodies' schemas, which are checked by hand and not by FastAPI, into `/openapi.json`."""
+    mode: pydantic.json_schema.JsonSchemaMode = "validation"
+    _, found = pydantic.json_schema.models_json_schema(
+        [(body, mode) for body in bodies], ref_template=SCHEMA_PLACE
+    )
+
+    def openapi() -> dict[str, Any]:
+        described = get_openapi(title=app.title, version=app.version, routes=app.routes)
+        return described | {"components": {"schemas": found["$defs"]}}
+
+    app.openapi = openapi
 
 
 def _add_gets(app: FastAPI, service: Service) -> None:

@@ -1,4 +1,4 @@
-"""`/v1/search`: encode, retrieve, fuse, rank, and say what happened on the way (api.md §9).
+"""`/v1/search`: encode, retrieve, fuse, rank, and say what happened on the way.
 
 Retrieval gives candidates, from the embedding index, from BM25, or from both fused by reciprocal rank; the ranker
 orders the best of them. Only encoding, index search and ranking run on the device thread.
@@ -84,6 +84,8 @@ class Searcher:
         mask = await self._host(self._mask, body)
         for facet in body.facets:
             self._columns.column(facet, where="facets")
+        for field in body.fields or ():
+            self._columns.column(field, where="fields")
         vectors = None
         if "embedding" in body.retrieve.sources:
             outcome = await run(self.engine.retrieve_job(body.query, mask))
@@ -193,7 +195,11 @@ class Searcher:
                 "rank": rank,
                 "score": None,
                 "scores": {},
-                "fields": document.fields,
+                "fields": {
+                    name: value
+                    for name, value in document.fields.items()
+                    if body.fields is None or name in body.fields
+                },
                 "matched": sorted(found),
                 "truncated": position in truncated,
             }

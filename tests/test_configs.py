@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from train.options import describe, load_config, override
+from train.config import describe, load_config, override
 
 ROOT = Path(__file__).parent.parent
 CONFIGS = sorted(path for path in (ROOT / "configs").rglob("*.py") if path.name != "__init__.py")

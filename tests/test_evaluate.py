@@ -213,7 +213,7 @@ def test_launcher_writes_the_table_of_every_system(parts, tmp_path, capsys):
     evaluate.main(config_of(parts), tmp_path)
     stated = json.loads((tmp_path / "report.json").read_text())
     everything, subset = stated["groups"]
-    systems = ["bm25:full", "bm25:short", "minilm", "encoder", "ranker", FUSED, "twin"]
+    systems = ["bm25:short", "bm25:full", "minilm", "encoder", "ranker", FUSED, "twin"]
     assert (everything["num_queries"], subset["num_queries"]) == (16, 5)
     means, own = (part["columns"]["all"]["means"] for part in (everything, subset))
     assert list(means) == systems
@@ -226,9 +226,14 @@ def test_launcher_writes_the_table_of_every_system(parts, tmp_path, capsys):
     notes = stated["notes"]
     assert notes["judge"]["num_pairs"] == 30
     assert 0.0 <= notes["fusion"][0] <= 1.0
-    assert (tmp_path / "report.md").read_text().startswith("# collection: test queries")
+    assert (tmp_path / "report.md").read_text().startswith("# jobs: test queries")
     assert _png_size(tmp_path / "report.png")[0] > 500
     assert "report.png" in capsys.readouterr().out
+    console = rich.console.Console(file=io.StringIO(), width=100)
+    console.print(report.compact(stated))
+    rows = {line.split()[0]: line.split() for line in console.file.getvalue().splitlines() if line.strip()}
+    assert set(systems) <= set(rows)
+    assert rows["ranker"][1] == f"{means['ranker']['ndcg@10']:.3f}".removeprefix("0")
 
 
 def test_launcher_without_an_encoder_folder_starts_from_the_retriever(parts, tmp_path):
@@ -243,7 +248,8 @@ def test_launcher_without_an_encoder_folder_starts_from_the_retriever(parts, tmp
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"systems": ("bm25:long",)}, "unknown system 'bm25:long'"),
+        ({"systems": ("bm25:long",)}, "no view 'long': set systems=bm25:<view> to short or full"),
+        ({"systems": ("bm26",)}, "unknown system 'bm26': set systems to some of bm25:short"),
         ({"ranker": ""}, "system 'ranker' needs a folder: set ranker=DIR"),
         ({"baseline": "judge"}, "baseline 'judge'"),
         ({"other_rankers": ("twin",)}, "write name=folder"),

@@ -162,7 +162,7 @@ def test_a_crashed_run_ends_as_one_never_stopped(tmp_path):
         assert steps[-1] == 12
 
 
-@pytest.mark.parametrize(("name", "code"), [("SIGKILL", -signal.SIGKILL), ("SIGTERM", 0)])
+@pytest.mark.parametrize(("name", "code"), [("SIGKILL", -signal.SIGKILL), ("SIGTERM", 0), ("SIGINT", 130)])
 def test_a_run_killed_by_a_signal_ends_as_one_never_stopped(tmp_path, name, code):
     root = Path(__file__).parent
     environment = os.environ | {"PYTHONPATH": str(root.parent)}
@@ -172,15 +172,13 @@ def test_a_run_killed_by_a_signal_ends_as_one_never_stopped(tmp_path, name, code
     )
     assert killed.returncode == code, killed.stderr
     assert not (tmp_path / "params.npz").exists()
-    if name == "SIGTERM":
-        assert "SIGTERM: stopped after step 8; the same command goes on from step 8" in killed.stderr
+    if name != "SIGKILL":
+        assert f"{name}: stopped after step 8; the same command goes on from step 8" in killed.stderr
     again = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert again.returncode == 0, again.stderr
     # A save that SIGKILL finds under way is lost with its two steps more.
-    resumed = {
-        "SIGTERM": ("resumed from step 8",),
-        "SIGKILL": ("resumed from step 6", "resumed from step 3"),
-    }[name]
+    lost = ("resumed from step 6", "resumed from step 3")
+    resumed = lost if name == "SIGKILL" else ("resumed from step 8",)
     assert any(line in again.stderr for line in resumed), again.stderr
     whole = train(tmp_path / "whole", 12)
     with np.load(tmp_path / "params.npz") as params:

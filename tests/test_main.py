@@ -47,7 +47,7 @@ def taken_port():
 
 def test_a_damaged_bundle_and_a_taken_port_are_one_line(bundle_directory, tmp_path, taken_port):
     for options, message in (
-        (["--bundle", str(tmp_path)], "cannot read"),
+        (["--bundle", str(tmp_path)], "holds no bundle"),
         (["--bundle", str(bundle_directory), "--port", str(taken_port)], "cannot listen on"),
     ):
         done = subprocess.run(

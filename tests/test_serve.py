@@ -246,6 +246,16 @@ def test_search_without_ranking_or_with_one_source(server):
     assert [result["score"] is None for result in shallow["results"]] == [False, False, True, True, True]
 
 
+def test_search_returns_the_fields_that_are_asked_for(server):
+    body = {"query": "bread", "fields": ["title"]}
+    assert all(
+        set(result["fields"]) == {"title"}
+        for result in server.post("/v1/search", json=body).json()["results"]
+    )
+    wrong = server.post("/v1/search", json={**body, "fields": ["salary"]})
+    assert (wrong.status_code, "unknown field 'salary' in fields" in wrong.json()["message"]) == (400, True)
+
+
 def nested(depth):
     return b'{"query": ' + b"[" * depth + b"]" * depth + b"}"
 
@@ -260,6 +270,8 @@ SEARCH, RERANK, SCORE, EMBED = "/v1/search", "/v1/rerank", "/v1/score", "/v1/emb
         (RERANK, {"query": "", "documents": ["a"]}, 400, "query: string should have at least 1 character"),
         (RERANK, {"query": " \n", "documents": ["a"]}, 400, "query is empty"),
         (RERANK, {"query": "a", "documents": []}, 400, "documents is empty"),
+        (SEARCH, {"query": "a", "filters": {}}, 400, "unknown fields: filters; did you mean filter?"),
+        (SEARCH, {"query": "a", "rank": {"dept": 3}}, 400, "unknown fields: rank.dept; did you mean depth?"),
         (RERANK, {"query": "a"}, 400, "documents: field required"),
         (RERANK, {"query": "a", "documents": ["b"] * 1_000_000}, 413, "documents has 1000000 entries, at most 1000"),
         (RERANK, {"query": LONG, "documents": ["b"]}, 400, "query has 10000000 characters"),
@@ -331,6 +343,17 @@ def test_unknown_paths_and_methods(server):
     assert server.get("/v1/nothing").status_code == 404
     assert server.get("/v1/rerank").status_code == 405
     assert server.get("/v1/nothing").json()["object"] == "error"
+    assert server.get("/v1/rerank").json()["code"] == "method_not_allowed"
+
+
+def test_openapi_describes_the_bodies(server):
+    described = server.get("/openapi.json").json()
+    schemas = described["components"]["schemas"]
+    assert schemas["SearchBody"]["properties"]["top_k"]["maximum"] == 1000
+    for path in ("/v1/search", "/v1/rerank", "/v1/score", "/v1/embeddings"):
+        schema = described["paths"][path]["post"]["requestBody"]["content"]["application/json"]["schema"]
+        for reference in schema.get("anyOf", [schema]):
+            assert reference["$ref"].rpartition("/")[2] in schemas
 
 
 def test_info_models_and_request_ids(server, bundle):

@@ -238,6 +238,12 @@ def test_what_is_not_there_is_said(tmp_path: Path):
     assert load_collection(folder).qrels == {}
     (folder / "grades.jsonl").unlink()
     assert load_collection(folder).qrels == {}
+    (folder / "grades.csv").touch()
+    with pytest.raises(
+        InputError, match=r"grades\.csv is not read: make it grades\.jsonl or grades\.parquet"
+    ):
+        load_collection(folder)
+    (folder / "grades.csv").unlink()
     (folder / "grades.parquet").write_bytes(b"PAR1")
     with pytest.raises(InputError, match="is not a whole Parquet file"):
         load_collection(folder)

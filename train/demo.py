@@ -30,8 +30,10 @@ import rich.table
 
 from jaxsearch.data.verticals import load_vertical
 from jaxsearch.errors import InputError
-from jaxsearch.files import read_object
-from train.options import run, write_json
+from jaxsearch.files import read_object, write_json
+from train.config import CountOrNone
+from train.options import run
+from train.report import compact
 
 READY_SECONDS = 300
 
@@ -60,7 +62,7 @@ class PipelineConfig:
     bundle: str = "export/bundle"
     """Where the last stage leaves the serving bundle, inside the workdir; empty: no server is started."""
     question: str = "Negotiate labor disputes."
-    port: int = 0
+    port: CountOrNone = 0
     """Of the server that answers; 0 takes a free one."""
     closing: str = ""
     """What the budget of this pipeline can and cannot show."""
@@ -233,9 +235,12 @@ def main(config: PipelineConfig, workdir: Path) -> None:
             answer = ask(address, config.question)
         write_json(workdir / "answer.json", answer)
     console.rule("[bold]results[/]", align="left")
-    report = workdir / "evaluate" / "report.md"
+    report = workdir / "evaluate" / "report.json"
     if report.exists():
-        console.print(report.read_text(encoding="utf-8"), highlight=False, markup=False, soft_wrap=True)
+        console.print(compact(read_object(report)))
+        console.print(
+            f"the whole of it: {report.with_suffix('.md')}, {report.with_suffix('.png')}", highlight=False
+        )
     if answer is not None:
         show_answer(console, config.question, answer)
     minutes = ", ".join(f"{name} {seconds / 60:.1f}" for name, seconds in spent.items() if seconds)

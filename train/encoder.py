@@ -8,7 +8,7 @@ does not raise NDCG@10 on the validation queries is undone. Writes `model/` and 
 
 import dataclasses
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 import jax
 import numpy as np
@@ -30,10 +30,13 @@ from jaxsearch.data.tokenizer import Tokenizer
 from jaxsearch.data.verticals import Vertical
 from jaxsearch.encoder import Encoder, EncoderBatch, EncoderLoss, TextEncoder, save_encoder
 from jaxsearch.errors import InputError
+from jaxsearch.files import write_json
 from jaxsearch.nn.convert import load_pretrained
+from train.config import Bound, Count
 from train.inputs import load_data, mine, validate
 from train.loop import LoopConfig, OptimizerConfig, fit
-from train.options import claim, run, write_json
+from train.options import run, say
+from train.workdir import claim
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,15 +57,15 @@ class EncoderConfig:
     """Of the computation; the weights that are trained stay float32."""
     pooling: str = "mean"
     """mean or last."""
-    rounds: int = 1
+    rounds: Count = 1
     """Before each round the current model mines its own hard negatives; a round has its own schedule."""
-    batch_queries: int = 16
-    documents_per_query: int = 5
+    batch_queries: Count = 16
+    documents_per_query: Annotated[int, Bound(2)] = 5
     """One positive, the rest negatives by grade."""
-    mined_depth: int = 30
+    mined_depth: Count = 30
     """How many of the model's best documents are looked at for hard negatives."""
-    max_query_tokens: int = 64
-    max_document_tokens: int = 128
+    max_query_tokens: Count = 64
+    max_document_tokens: Count = 128
     provider: Literal["memory", "grain"] = "memory"
     """Who builds batches: the loop when it needs them, or grain ahead of it."""
     loss: EncoderLoss = dataclasses.field(default_factory=EncoderLoss)
@@ -133,10 +136,8 @@ class EncoderData:
 def main(config: EncoderConfig, workdir: Path) -> None:
     if config.optimizer.accumulate != 1:
         raise InputError("the encoder's negatives are the whole batch: leave optimizer.accumulate at 1")
-    if config.rounds < 1:
-        raise InputError("rounds must be at least 1")
-    if config.documents_per_query < 2:
-        raise InputError("documents_per_query must be at least 2: a positive and a negative")
+    if config.loop.num_steps < config.rounds:
+        raise InputError(f"loop.num_steps must be at least rounds: one step for each of {config.rounds}")
     collection, vertical = load_data(config, needs=("train", "validation"), view=config.view)
     directory = resolve(config.backbone)
     claim(
@@ -192,6 +193,8 @@ def main(config: EncoderConfig, workdir: Path) -> None:
     trained = {"collection": collection.fingerprint(), "steps": steps, "validation": report, "kept": kept}
     save_encoder(workdir / "model", text_encoder, trained=trained)
     write_json(workdir / "report.json", report | {"kept": kept})
+    shown = ", ".join(f"{name} {metrics['ndcg@10']:.3f}" for name, metrics in report.items())
+    say(f"validation NDCG@10: {shown}; kept: {kept}\nmodel: {workdir / 'model'}")
 
 
 if __name__ == "__main__":

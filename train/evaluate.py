@@ -2,10 +2,10 @@
 
     python -m train.evaluate --config configs/demo/evaluate.py --workdir work/demo/evaluate
 
-Systems: `bm25:<view>`, `minilm` (as it comes), `encoder`, `judge`, `ranker`, `ranker+encoder` (weight fitted
-on validation queries), and further rankers by name. Judge and rankers reorder the first stage's best `depth`
-documents; the rest keeps its order below. The judge, being slow, grades a fixed subset of the queries, which
-every system repeats. Writes report.json, report.md and report.png.
+Systems: `bm25` (a row for every view; `bm25:<view>` one of them), `minilm` (as it comes), `encoder`, `judge`, `ranker`,
+`ranker+encoder` (weight fitted on validation queries), and further rankers by name. Judge and rankers reorder the first
+stage's best `depth` documents; the rest keeps its order below. The judge, being slow, grades a fixed subset of the
+queries, which every system repeats. Writes report.json, report.md and report.png.
 """
 
 import dataclasses
@@ -21,6 +21,7 @@ from jaxsearch.data.records import Collection, Qrels, Query, Run
 from jaxsearch.data.verticals import Vertical
 from jaxsearch.encoder import TextEncoder
 from jaxsearch.errors import InputError
+from jaxsearch.files import write_json
 from jaxsearch.judge import load_judge, predicted_grade
 from jaxsearch.metrics import kappa_interval, restrict
 from jaxsearch.ranker import TextRanker, load_ranker
@@ -30,9 +31,10 @@ from jaxsearch.retrieval.fusion import FittedWeight, fit_weight, weighted_fusion
 from jaxsearch.retrieval.lexical import Bm25Index
 from jaxsearch.scoring.prefill import PrefillScorer
 from train import report
-from train.inputs import load_data, load_retriever, offline_scorer
+from train.config import Count, CountOrNone
+from train.inputs import check_view, load_data, load_retriever, offline_scorer
 from train.label import label_pairs
-from train.options import progress, run, write_json
+from train.options import progress, run
 from train.ranker import rerank
 
 FUSED = "ranker+encoder"
@@ -43,8 +45,8 @@ QUERIES_AT_ONCE = 4
 class EvaluateConfig:
     """Which systems are compared, on which queries."""
 
-    systems: tuple[str, ...] = ("bm25:full", "bm25:short", "minilm", "encoder", "judge", "ranker", FUSED)
-    """Rows of the table, in order: bm25:<view>, minilm, encoder, judge, ranker, ranker+encoder."""
+    systems: tuple[str, ...] = ("bm25", "minilm", "encoder", "judge", "ranker", FUSED)
+    """Rows of the table, in order: bm25 (every view), bm25:<view>, minilm, encoder, judge, ranker, ranker+encoder."""
     encoder: str = "work/encoder/model"
     """Folder of the trained encoder, the first stage that judge and rankers reorder; empty: the retriever is it."""
     judge: str = "work/judge/model"
@@ -65,21 +67,21 @@ class EvaluateConfig:
     """Which view of a document the encoders read; judge and rankers read the one that they were trained on."""
     split: str = "test"
     """Whose queries are reported."""
-    num_queries: int = 0
+    num_queries: CountOrNone = 0
     """How many of them, drawn by the seed; 0: all."""
-    depth: int = 20
+    depth: Count = 20
     """Documents of the first stage that judge and rankers reorder."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Of the judge's and the rankers' computation; encoders are float32."""
-    run_depth: int = 1_000
+    run_depth: Count = 1_000
     """Documents that a first stage returns; columns are cut from these."""
-    judge_queries: int = 100
+    judge_queries: Count = 100
     """Queries that the judge grades too, drawn by the seed; every system is reported on them once more."""
-    validation_queries: int = 60
+    validation_queries: Count = 60
     """Queries of the validation split on which the weight of ranker+encoder is fitted."""
-    baseline: str = "bm25:short"
-    """The row that every other is compared with."""
-    num_samples: int = 10_000
+    baseline: str = ""
+    """The row that every other is compared with; empty: bm25 on `view`."""
+    num_samples: Count = 10_000
     """Of the bootstrap."""
     seed: int = 0
 
@@ -199,6 +201,17 @@ def fuse(stage: Stage, ranked: Run, candidates: Run) -> tuple[Run, FittedWeight]
     return weighted_fusion([ranked, candidates], [fitted.weight, 1.0 - fitted.weight]), fitted
 
 
+def resolved(config: EvaluateConfig, collection: Collection, vertical: Vertical) -> EvaluateConfig:
+    """With `bm25` written out and the baseline named; InputError for a view that no document can be read through."""
+    views = tuple(f"bm25:{view}" for view in vertical.views)
+    systems = [row for system in config.systems for row in (views if system == "bm25" else (system,))]
+    for system in systems:
+        if system.startswith("bm25:"):
+            check_view(collection, vertical, system.partition(":")[2], field="systems=bm25:<view>")
+    baseline = config.baseline or f"bm25:{config.view}"
+    return dataclasses.replace(config, systems=tuple(dict.fromkeys(systems)), baseline=baseline)
+
+
 def check(config: EvaluateConfig, vertical: Vertical) -> dict[str, str]:
     """The further rankers by name; InputError for a system that does not exist or a folder that is not given."""
     parts = [entry.partition("=") for entry in config.other_rankers]
@@ -208,7 +221,7 @@ def check(config: EvaluateConfig, vertical: Vertical) -> dict[str, str]:
     plain = ("minilm", "encoder", "judge", "ranker", FUSED)
     known = [*(f"bm25:{view}" for view in vertical.views), *plain]
     if wrong := [system for system in config.systems if system not in known]:
-        raise InputError(f"unknown system {wrong[0]!r}; use {', '.join(known)}")
+        raise InputError(f"unknown system {wrong[0]!r}: set systems to some of {', '.join(known)}")
     if clash := [name for name in others if name in known]:
         raise InputError(f"other_rankers: {clash[0]!r} is a system already; choose another name")
     needs = {"encoder": ("encoder",), "judge": ("judge",), "ranker": ("ranker", FUSED)}
@@ -318,6 +331,7 @@ def notes_of(
 
 def main(config: EvaluateConfig, workdir: Path) -> None:
     collection, vertical = load_data(config, view=config.view)
+    config = resolved(config, collection, vertical)
     others = check(config, vertical)
     queries = draw(collection.split(config.split), config.num_queries, config.seed)
     if not queries:
@@ -328,7 +342,7 @@ def main(config: EvaluateConfig, workdir: Path) -> None:
     threshold = vertical.relevant_threshold
     groups = build_groups(config, collection, runs, subset_runs, queries, subset, threshold)
     notes = notes_of(config, collection, threshold, facts)
-    title = f"{collection.name}: {config.split} queries"
+    title = f"{vertical.name}: {config.split} queries"
     write_json(workdir / "report.json", report.to_json(groups, {"text": notes, **facts}))
     (workdir / "report.md").write_text(report.to_markdown(title, groups, notes), encoding="utf-8")
     report.plot(

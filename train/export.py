@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import rich.console
 
 from jaxsearch.bundle import MANIFEST, write_bundle
 from jaxsearch.calibration import IsotonicMap, calibration_error, fit_isotonic
@@ -21,11 +20,12 @@ from jaxsearch.data.records import Collection, Query, Run
 from jaxsearch.data.verticals import Vertical
 from jaxsearch.encoder import load_encoder
 from jaxsearch.errors import InputError
-from jaxsearch.files import read_json, read_object
+from jaxsearch.files import read_json, read_object, write_json
 from jaxsearch.ranker import load_ranker
 from jaxsearch.retrieval.exact import ExactIndex
+from train.config import Count, CountOrNone
 from train.inputs import load_data, mine, offline_scorer
-from train.options import run, write_json
+from train.options import run, say
 from train.ranker import rerank
 
 
@@ -33,8 +33,8 @@ from train.ranker import rerank
 class ExportConfig:
     """What goes into the bundle."""
 
-    name: str = "onet"
-    """The model name that the server's clients see."""
+    name: str = ""
+    """The model name that the server's clients see; empty: the vertical's."""
     encoder: str = "work/encoder/model"
     """Folder of the encoder."""
     ranker: str = "work/ranker/model"
@@ -47,18 +47,18 @@ class ExportConfig:
     """Leave out the collection's bad lines, counted, instead of stopping with a list of them."""
     vertical: str = "configs/verticals/onet_activities"
     """Folder with fields, views, policy and prompts."""
-    lexical_view: str = "full"
-    """Which view of a document BM25 searches."""
-    calibration_queries: int = 60
+    lexical_view: str = ""
+    """Which view of a document BM25 searches; empty: the one that was embedded."""
+    calibration_queries: CountOrNone = 60
     """Validation queries, drawn by the seed, on which the calibration is fitted; 0: no calibration."""
-    calibration_depth: int = 10
+    calibration_depth: Count = 10
     """The encoder's best seen documents for each of them."""
-    known_answers: int = 8
+    known_answers: CountOrNone = 8
     """(query, relevant, irrelevant document) triples to try for the self-test; those ranked wrongly are left
     out."""
-    num_item_buckets: int = 3
+    num_item_buckets: Count = 3
     """Padded item lengths; each means about four programs that the server compiles at start."""
-    max_batch_tokens: int = 2048
+    max_batch_tokens: Count = 2048
     """Padded item tokens of one launch; more on an accelerator."""
     seed: int = 0
 
@@ -123,25 +123,43 @@ def choose_triples(
     return triples
 
 
-def model_card(config: ExportConfig, collection: Collection, facts: dict[str, Any]) -> str:
+def model_card(name: str, config: ExportConfig, collection: Collection, facts: dict[str, Any]) -> str:
     """What people should know before they use the bundle."""
     cards = {"encoder": read_card(Path(config.encoder)), "ranker": read_card(Path(config.ranker))}
-    lines = [f"# {config.name}", "", f"Search over {collection.name}: {len(collection.documents)} documents."]
+    lines = [f"# {name}", "", f"Search over {collection.name}: {len(collection.documents)} documents."]
     if collection.notice:
         lines += ["", "## Data", "", collection.notice]
     for kind, card in cards.items():
         lines += ["", f"## {kind.capitalize()}", "", f"Version {card['version']}.", ""]
-        lines += [f"- {key}: {value}" for key, value in card.get("trained", {}).items()]
+        lines += [f"- {key}: {value}" for key, value in _flat(card.get("trained", {})).items()]
     lines += ["", "## Calibration", ""]
     lines += [f"- {key}: {value}" for key, value in facts.items()] or ["None was fitted."]
     return "\n".join(lines) + "\n"
 
 
+def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """One line a value: nested names joined, numbers short, lists with commas."""
+    flat: dict[str, Any] = {}
+    for key, value in values.items():
+        name = f"{prefix}{key}"
+        if isinstance(value, dict):
+            flat |= _flat(value, f"{name} ")
+        elif isinstance(value, list):
+            flat[name] = ", ".join(map(str, value))
+        else:
+            flat[name] = f"{value:.4g}" if isinstance(value, float) else value
+    return flat
+
+
 def main(config: ExportConfig, workdir: Path) -> None:
     collection, vertical = load_data(
-        config, needs=("validation",) if config.calibration_queries else (), view=config.lexical_view
+        config,
+        needs=("validation",) if config.calibration_queries else (),
+        view=config.lexical_view,
+        field="lexical_view",
     )
     index = load_index(config, collection)
+    name, lexical_view = config.name or vertical.name, config.lexical_view or index.metadata["view"]
     ranker = load_ranker(config.ranker)
     queries = collection.split("validation")
     random = np.random.default_rng(config.seed)
@@ -160,32 +178,34 @@ def main(config: ExportConfig, workdir: Path) -> None:
         calibration, facts = calibrate(scores, collection, threshold=vertical.relevant_threshold)
     bundle = write_bundle(
         workdir / "bundle",
-        name=config.name,
+        name=name,
         encoder_directory=config.encoder,
         ranker_directory=config.ranker,
         vertical_directory=config.vertical,
         documents=[collection.documents[key] for key in index.ids],
         index=index,
-        lexical_view=config.lexical_view,
+        lexical_view=lexical_view,
         num_item_buckets=config.num_item_buckets,
         max_batch_tokens=config.max_batch_tokens,
         calibration=calibration,
         triples=choose_triples(
             queries, collection, vertical, view=ranker.view, count=config.known_answers, seed=config.seed
         ),
-        model_card=model_card(config, collection, facts),
+        model_card=model_card(name, config, collection, facts),
     )
     manifest = read_object(bundle / MANIFEST)
     size = sum(entry["size_bytes"] for entry in manifest["files"].values())
     answers = len(read_json(bundle / "selftest.json"))
     report = {"size_bytes": size, "plan": manifest["plan"], "known_answers": answers, "calibration": facts}
     write_json(workdir / "report.json", report)
-    rich.console.Console().print(
-        f"{bundle}: {size / 1e6:.0f} MB, {answers} known answers, calibration {facts or 'none'}\n"
-        f"serve it: python -m serve.main --bundle {bundle}",
-        highlight=False,
-        soft_wrap=True,
-    )
+    error = f" (error {facts['held_out_error']} on held-out queries)" if "held_out_error" in facts else ""
+    fitted = f"calibrated on {facts['num_queries']} queries{error}" if facts else "not calibrated"
+    say(f"{bundle}: {size / 1e6:.0f} MB, {answers} known answers, {fitted}")
+    if not answers:
+        say(
+            "no known answer: the server's self-test will check nothing; this ranker orders no graded pair rightly"
+        )
+    say(f"serve it: python -m serve.main --bundle {bundle}")
 
 
 if __name__ == "__main__":

@@ -22,11 +22,13 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from jaxsearch.files import write_json
 from jaxsearch.nn.transformer import Decoder, DecoderConfig, last_hidden
 from jaxsearch.ranker import Ranker, RankerBatch, RankerLoss
 from jaxsearch.retrieval.exact import ExactIndex
 from jaxsearch.scoring.prefill import PrefillScorer, ScoreRequest
-from train.options import run, write_json
+from train.config import Count
+from train.options import run
 from train.step import MeshConfig, OptimizerConfig, TrainStep
 
 LABEL_IDS = (9, 10)
@@ -34,32 +36,32 @@ LABEL_IDS = (9, 10)
 
 @dataclasses.dataclass(frozen=True)
 class GpuSuiteConfig:
-    """Shapes and repeats of every measurement. The decoder's default is the published 0.6B shape (system.md §3)."""
+    """Shapes and repeats of every measurement. The decoder's default is the shape of a 0.6B decoder (Qwen3-0.6B)."""
 
-    embed_dim: int = 1024
-    mlp_dim: int = 3072
-    num_layers: int = 28
-    num_heads: int = 16
-    num_kv_heads: int = 8
-    head_dim: int = 128
-    vocab_size: int = 151_936
-    repeats: int = 7
+    embed_dim: Count = 1024
+    mlp_dim: Count = 3072
+    num_layers: Count = 28
+    num_heads: Count = 16
+    num_kv_heads: Count = 8
+    head_dim: Count = 128
+    vocab_size: Count = 151_936
+    repeats: Count = 7
     """Timed runs after one warm-up; medians are reported with minimum and maximum."""
-    matmul_size: int = 8192
+    matmul_size: Count = 8192
     """Side of the square bf16 product that stands for the device's peak."""
-    train_queries: int = 8
-    train_candidates: int = 8
-    train_item_tokens: int = 256
-    prefix_tokens: int = 60
-    item_tokens: int = 150
-    items: int = 50
-    p95_items: int = 16
-    requests: int = 40
+    train_queries: Count = 8
+    train_candidates: Count = 8
+    train_item_tokens: Count = 256
+    prefix_tokens: Count = 60
+    item_tokens: Count = 150
+    items: Count = 50
+    p95_items: Count = 16
+    requests: Count = 40
     """Requests whose latencies give the 95th percentile."""
-    max_batch_tokens: int = 8192
-    documents: int = 2_000_000
-    embed_size: int = 384
-    queries: int = 64
+    max_batch_tokens: Count = 8192
+    documents: Count = 2_000_000
+    embed_size: Count = 384
+    queries: Count = 64
     recipe: str = ""
     """Pipeline config that is run at the end, for example configs/reference/pipeline.py."""
 

@@ -12,13 +12,12 @@ from pathlib import Path
 from typing import Literal
 
 import numpy as np
-import rich.console
 
 from jaxsearch.retrieval.exact import ExactIndex
 from jaxsearch.retrieval.lexical import Bm25Index
 from jaxsearch.retrieval.scann import ScannIndex
 from train.inputs import load_data, load_retriever
-from train.options import progress, run
+from train.options import progress, run, say
 
 TEXTS_AT_ONCE = 512
 
@@ -64,10 +63,7 @@ def main(config: IndexConfig, workdir: Path) -> None:
     index = build_index(config)
     index.save(workdir / "index")
     seconds = time.monotonic() - started
-    rich.console.Console().print(
-        f"{len(index.ids)} documents indexed ({config.kind}) in {seconds:.1f} s: {workdir / 'index'}",
-        highlight=False,
-    )
+    say(f"{len(index.ids)} documents indexed ({config.kind}) in {seconds:.1f} s: {workdir / 'index'}")
 
 
 if __name__ == "__main__":

@@ -37,32 +37,42 @@ class DataConfig(Protocol):
 
 
 def load_data(
-    config: DataConfig, *, needs: Sequence[str] = (), view: str | None = None
+    config: DataConfig, *, needs: Sequence[str] = (), view: str = "", field: str = "view"
 ) -> tuple[Collection, Vertical]:
     """The collection and the vertical of a config; says on the console what was left out of the collection.
 
-    Args: `needs` are the splits that must have queries; the vertical must have the `view`, the documents its fields.
+    Args: `needs` are the splits that must have queries; the vertical must have the `view`, the documents its fields;
+        `field` is the config's name for it.
     Raises: InputError for bad lines (all of them, unless they are skipped), a vertical that is not whole, an
         empty split, an unknown view, or a field of the view that no document has.
     """
     vertical = load_vertical(config.vertical)
     collection = load_collection(config.collection, skip_bad_lines=config.skip_bad_lines)
+    if needs and not collection.qrels:
+        raise InputError(
+            f"{collection.name} has no grades, which this needs: add grades.jsonl or grades.parquet with query_id, "
+            "document_id and grade 0..4 (BEIR: qrels/*.tsv)"
+        )
     if empty := [split for split in needs if not collection.split(split)]:
         raise InputError(
             f"{collection.name} has no graded queries in {' and '.join(empty)}: give them a split (train, "
             "validation, test), or leave the split out everywhere to have one made"
         )
-    if view is not None:
-        _check_view(collection, vertical, view)
+    if view:
+        check_view(collection, vertical, view, field=field)
     if collection.notice and Path(config.collection).is_dir():
         print(f"{collection.name}: {collection.notice}", file=sys.stderr)
     return collection, vertical
 
 
-def _check_view(collection: Collection, vertical: Vertical, view: str) -> None:
+def check_view(collection: Collection, vertical: Vertical, view: str, *, field: str) -> None:
+    """Whether documents can be read through a view.
+
+    Raises: InputError that names the config's `field` and the views or document fields that there are.
+    """
     if view not in vertical.views:
         raise InputError(
-            f"vertical {vertical.name} has no view {view!r}: set view to {' or '.join(vertical.views)}"
+            f"vertical {vertical.name} has no view {view!r}: set {field} to {' or '.join(vertical.views)}"
         )
     known = {field for document in collection.documents.values() for field in document.fields}
     if absent := [field for field in vertical.views[view] if field not in known]:

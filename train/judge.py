@@ -2,7 +2,8 @@
 
     python -m train.judge --config configs/demo/judge.py --workdir work/demo/judge
 
-Writes `model/` (the merged judge, an ordinary HF folder with a card) and `report.json` (agreement with gold grades).
+Writes `model/` (the merged judge, an ordinary HF folder; what it was trained on is in its `jaxsearch.json`) and
+`report.json` (agreement with gold grades).
 """
 
 import dataclasses
@@ -17,6 +18,7 @@ from jaxsearch.data.assets import resolve
 from jaxsearch.data.batches import multiples, pad_tokens, similar_length, step_batches
 from jaxsearch.data.prompts import PromptEncoder
 from jaxsearch.data.tokenizer import Tokenizer
+from jaxsearch.files import write_json
 from jaxsearch.judge import (
     JudgeBatch,
     JudgeLoss,
@@ -30,9 +32,11 @@ from jaxsearch.judge import (
 from jaxsearch.metrics import kappa_interval
 from jaxsearch.nn.lora import LoRAParam, add_lora, merge_lora
 from jaxsearch.scoring.prefill import ScoreRequest
+from train.config import Count, Rate, Share
 from train.inputs import load_base, load_data, load_retriever, offline_scorer, pair_texts, sample_pairs
 from train.loop import LoopConfig, OptimizerConfig, fit
-from train.options import claim, run, write_json
+from train.options import run, say
+from train.workdir import claim
 
 CHECK_RANDOM_SHARE = 0.5
 """`random_share` of the pairs that agreement is measured on, whatever the judge was trained on."""
@@ -58,23 +62,23 @@ class JudgeConfig:
     """Of the computation; the weights that are trained stay float32."""
     use_remat: bool = False
     """Recompute layers in the backward pass: less memory for more time."""
-    lora_rank: int = 16
-    lora_alpha: float = 32.0
+    lora_rank: Count = 16
+    lora_alpha: Rate = 32.0
     """The adapter's output is multiplied by alpha / rank."""
     lora_targets: str = r"(q|k|v|o|gate|up|down)_proj"
     """Regular expression over the paths of the kernels that get an adapter."""
-    pairs_per_query: int = 8
-    mined_depth: int = 30
+    pairs_per_query: Count = 8
+    mined_depth: Count = 30
     """How many of the retriever's best documents are looked at for hard negatives."""
-    random_share: float = 0.5
+    random_share: Share = 0.5
     """Of a train query's documents below the threshold, how many are random instead of graded or mined ones."""
-    batch_pairs: int = 16
-    grade_smoothing: float = 0.1
+    batch_pairs: Count = 16
+    grade_smoothing: Share = 0.1
     """Share of the target that goes to the neighbouring grades."""
-    max_shared_tokens: int = 512
-    max_item_tokens: int = 160
+    max_shared_tokens: Count = 512
+    max_item_tokens: Count = 160
     """Longer documents are cut at their end."""
-    check_queries: int = 25
+    check_queries: Count = 25
     """Held-out queries of each split on which agreement is measured, `pairs_per_query` pairs each."""
     provider: Literal["memory", "grain"] = "memory"
     """Who builds batches: the loop when it needs them, or grain ahead of it."""
@@ -192,6 +196,10 @@ def main(config: JudgeConfig, workdir: Path) -> None:
     trained = {"collection": collection.fingerprint(), "steps": result.step, "agreement": report}
     save_judge(workdir / "model", judge, trained=trained)
     write_json(workdir / "report.json", report)
+    for split, found in report.items():
+        kappa, low, high = (found[f"weighted_kappa{end}"] for end in ("", "_low", "_high"))
+        say(f"{split}: weighted kappa {kappa:.3f} [{low:.3f}, {high:.3f}], {found['pairs']:.0f} pairs")
+    say(f"model: {workdir / 'model'}")
 
 
 if __name__ == "__main__":

@@ -20,11 +20,13 @@ from jaxsearch.data.records import Collection
 from jaxsearch.data.sources import read_pairs
 from jaxsearch.data.verticals import Vertical
 from jaxsearch.errors import InputError
-from jaxsearch.files import read_object
+from jaxsearch.files import read_object, write_json
 from jaxsearch.judge import TextJudge, expected_grade, grade_probs, load_judge, soft_label
 from jaxsearch.scoring.prefill import PrefillScorer, ScoreRequest
+from train.config import Count, Share
 from train.inputs import load_data, load_retriever, offline_scorer, pair_texts, sample_pairs
-from train.options import claim, progress, run, write_json
+from train.options import progress, run, say
+from train.workdir import claim
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,15 +45,15 @@ class LabelConfig:
     """JSONL with query_id and document_id; empty: pairs of train queries are drawn as below."""
     retriever: str = "minilm"
     """Whose best documents become hard negatives."""
-    num_queries: int = 310
-    per_query: int = 8
+    num_queries: Count = 310
+    per_query: Count = 8
     """Documents of all grades for a query: graded ones, the retriever's best, random ones."""
-    mined_depth: int = 30
-    random_share: float = 0.25
+    mined_depth: Count = 30
+    random_share: Share = 0.25
     """Of the documents below the threshold, how many are random ones instead of graded or mined ones."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Of the judge's computation."""
-    shard_pairs: int = 256
+    shard_pairs: Count = 256
     """Pairs a file; a killed run loses at most one file's work."""
     seed: int = 0
 
@@ -179,12 +181,13 @@ def main(config: LabelConfig, workdir: Path) -> None:
     starts = range(0, len(pairs), config.shard_pairs)
     paths = {start: workdir / f"labels-{start // config.shard_pairs:05d}.jsonl" for start in starts}
     missing = [start for start in starts if not paths[start].exists()]
-    print(f"{len(pairs)} pairs, {len(starts) - len(missing)} of {len(starts)} shards already labelled")
+    say(f"{len(pairs)} pairs, {len(starts) - len(missing)} of {len(starts)} shards already labelled")
     with progress("labelling", len(starts), done=len(starts) - len(missing)) as advance:
         for start in missing:
             part = pairs[start : start + config.shard_pairs]
             write_shard(paths[start], label_pairs(judge, scorer, collection, vertical, part))
             advance()
+    say(f"labels: {workdir}")
 
 
 if __name__ == "__main__":

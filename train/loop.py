@@ -26,7 +26,8 @@ from flax import nnx
 
 from jaxsearch.checkpoints import Restored, TrainCheckpoints
 from jaxsearch.errors import InputError
-from train.options import progress
+from train.config import Count, CountOrNone
+from train.options import EXIT_INTERRUPTED, progress
 from train.step import TOKENS, LossFn, MeshConfig, OptimizerConfig, TrainStep
 
 Batches = Callable[[int], Iterator[Any]]
@@ -36,13 +37,13 @@ Batches = Callable[[int], Iterator[Any]]
 class LoopConfig:
     """How long, and what happens on the way."""
 
-    num_steps: int
-    log_every: int = 10
-    checkpoint_every: int = 0
+    num_steps: Count
+    log_every: Count = 10
+    checkpoint_every: CountOrNone = 0
     """0: at the end, and where `evaluate_every` with `best_metric` needs one."""
-    evaluate_every: int = 0
+    evaluate_every: CountOrNone = 0
     """0: at the end only."""
-    keep_checkpoints: int = 2
+    keep_checkpoints: Count = 2
     """Newest ones; the best one stays besides."""
     best_metric: str | None = None
     """Metric of `evaluate`, higher is better: the model ends with the parameters of its best evaluation."""
@@ -91,7 +92,8 @@ def fit(
     Raises:
         InputError: the loss is not finite (steps named), a batch that does not divide, a layout that the mesh does
             not allow, batches that end early, nothing trainable, checkpoints of another model.
-        SystemExit: code 0, after SIGTERM and a checkpoint.
+        SystemExit: after a signal and a checkpoint: code 0 for SIGTERM, 130 for SIGINT (Ctrl-C).
+        KeyboardInterrupt: a second SIGINT; nothing is saved.
     """
     workdir = Path(workdir)
     console = console or rich.console.Console(stderr=True)
@@ -125,15 +127,15 @@ def fit(
             with progress("training", loop.num_steps, done=run.step, console=console) as advance:
                 while run.step < loop.num_steps:
                     run.take(next(steps, None), advance)
-                    if termination.requested:
+                    if termination.signal is not None:
                         run.save()
                         store.wait()
                         saved = store.latest_step()
                         say(
-                            f"SIGTERM: stopped after step {run.step}; the same command goes on from "
+                            f"{termination.signal.name}: stopped after step {run.step}; the same command goes on from "
                             + ("the start" if saved is None else f"step {saved}, saved in {store.directory}")
                         )
-                        raise SystemExit(0)
+                        raise SystemExit(0 if termination.signal is signal.SIGTERM else EXIT_INTERRUPTED)
         return run.finish(model, say)
 
 
@@ -273,24 +275,27 @@ def _is_due(step: int, every: int) -> bool:
 
 
 class _Termination:
-    """Notes SIGTERM instead of dying of it, while the context is open; only the main thread may ask for that."""
+    """Notes SIGTERM and the first SIGINT instead of dying of them; only the main thread may ask for that."""
 
     def __init__(self):
-        self.requested = False
-        self._previous: Any = None
+        self.signal: signal.Signals | None = None
+        self._previous: dict[signal.Signals, Any] = {}
         self._is_main = threading.current_thread() is threading.main_thread()
 
     def __enter__(self) -> "_Termination":
         if self._is_main:
-            self._previous = signal.signal(signal.SIGTERM, self._note)
+            for number in (signal.SIGTERM, signal.SIGINT):
+                self._previous[number] = signal.signal(number, self._note)
         return self
 
     def __exit__(self, *_) -> None:
-        if self._is_main:
-            signal.signal(signal.SIGTERM, self._previous)
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
 
-    def _note(self, *_) -> None:
-        self.requested = True
+    def _note(self, number: int, _: Any) -> None:
+        if number == signal.SIGINT and self.signal is not None:
+            raise KeyboardInterrupt
+        self.signal = signal.Signals(number)
 
 
 class _Journal:
@@ -330,7 +335,7 @@ class _Journal:
         self._file.flush()
         if self._board is not None:
             for name, value in metrics.items():
-                self._board.add_scalar(name, value, step)
+                self._board.add_scalar(name.replace("@", "_"), value, step)  # TensorBoard's names have no @
 
 
 def _step_of(line: str) -> float:

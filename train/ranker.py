@@ -9,7 +9,7 @@ Writes `model/` and `report.json`.
 import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 from flax import nnx
@@ -31,13 +31,16 @@ from jaxsearch.data.tokenizer import Tokenizer
 from jaxsearch.data.verticals import Vertical
 from jaxsearch.encoder import TextEncoder
 from jaxsearch.errors import InputError
+from jaxsearch.files import write_json
 from jaxsearch.nn.pruning import keep_layers
 from jaxsearch.ranker import Ranker, RankerBatch, RankerLoss, TextRanker, new_ranker, save_ranker
 from jaxsearch.scoring.prefill import PrefillScorer, ScoreRequest
+from train.config import Count
 from train.inputs import load_base, load_data, load_retriever, mine, offline_scorer, validate
 from train.label import Label, read_labels
 from train.loop import LoopConfig, OptimizerConfig, fit
-from train.options import claim, run, write_json
+from train.options import run, say
+from train.workdir import claim
 
 ITEMS_PER_ROW = 3
 """Candidates are packed into rows: longer rows pad less, and compute more attention that their mask throws away. On two
@@ -72,19 +75,19 @@ class RankerConfig:
     """Candidates from the collection's grades, labels where there are any; without it, labelled pairs alone."""
     use_frozen_embeddings: bool = True
     """Token embeddings get no gradient: they are 28M of SmolLM2's 135M parameters."""
-    batch_queries: int = 4
-    candidates_per_query: int = 8
-    mined_depth: int = 30
+    batch_queries: Count = 4
+    candidates_per_query: Count = 8
+    mined_depth: Count = 30
     """How many of the retriever's best documents are looked at for hard negatives."""
     random_share: tuple[float, float] = (1.0, 0.5)
     """How many of the negatives are random documents, at the first and at the last step. Hard ones alone leave an
     untrained ranker at the loss of equal scores."""
-    max_shared_tokens: int = 96
-    max_item_tokens: int = 128
+    max_shared_tokens: Count = 96
+    max_item_tokens: Count = 128
     """Longer documents are cut at their end."""
-    check_queries: int = 40
+    check_queries: Count = 40
     """Validation queries that are re-ranked at each evaluation."""
-    check_depth: int = 10
+    check_depth: Count = 10
     provider: Literal["memory", "grain"] = "memory"
     """Who builds batches: the loop when it needs them, or grain ahead of it."""
     loss: RankerLoss = dataclasses.field(default_factory=RankerLoss)
@@ -263,7 +266,7 @@ def main(config: RankerConfig, workdir: Path) -> None:
         trainable=is_trained(config.use_frozen_embeddings),
         evaluate=evaluate,
     )
-    report = {
+    report: dict[str, Any] = {
         "validation": evaluate(ranker.ranker),
         "retriever": evaluate.retriever_metrics,
         "steps": result.step,
@@ -272,6 +275,10 @@ def main(config: RankerConfig, workdir: Path) -> None:
     trained = {"collection": collection.fingerprint(), "layers": list(config.layers), **report}
     save_ranker(workdir / "model", ranker, trained=trained)
     write_json(workdir / "report.json", report)
+    say(
+        f"validation NDCG@10: {report['validation']['ndcg@10']:.3f} (the retriever's order: "
+        f"{report['retriever']['ndcg@10']:.3f})\nmodel: {workdir / 'model'}"
+    )
 
 
 if __name__ == "__main__":

@@ -299,6 +299,28 @@ def to_rich(group: GroupResult) -> list[rich.table.Table]:
     return [table, differences]
 
 
+def compact(written: Mapping[str, Any]) -> rich.table.Table:
+    """The first group of a report.json in one table of at most 100 characters a line."""
+    group = written["groups"][0]
+    everything, parts = group["columns"]["all"], [name for name in group["columns"] if name != "all"]
+    table = rich.table.Table(box=rich.box.SIMPLE_HEAD, pad_edge=False)
+    table.add_column("system", no_wrap=True)
+    metrics = ("recall@100", "mrr@10", "poor_match_rate@10")
+    for header in ("NDCG@10", "95 % interval", *parts, *(TITLES[metric] for metric in metrics)):
+        table.add_column(header, justify="right", no_wrap=True)
+
+    def shown(value: float | None) -> str:
+        return _number(math.nan if value is None else value)
+
+    for system, means in everything["means"].items():
+        interval = everything["headline"][system]
+        by_part = [shown(group["columns"][part]["means"][system][HEADLINE]) for part in parts]
+        cells = [shown(means[HEADLINE]), f"{shown(interval['low'])}–{shown(interval['high'])}", *by_part]
+        table.add_row(system, *cells, *(shown(means[metric]) for metric in metrics))
+    table.title, table.title_justify = f"{group['num_queries']} {group['name']}", "left"
+    return table
+
+
 def to_markdown(title: str, groups: Sequence[GroupResult], notes: Sequence[str]) -> str:
     """The report as Markdown: notes first, then per group its table and its comparisons."""
     lines = [f"# {title}", "", *(f"* {note}" for note in notes), ""]

@@ -9,7 +9,7 @@ that very step, and keeps it frozen, so that nothing bad is applied however late
 import dataclasses
 import inspect
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -29,6 +29,7 @@ from jaxsearch.sharding import (
     replicated,
     unflatten_state,
 )
+from train.config import Bound, Count, CountOrNone, Rate, Share
 
 TOKENS = "tokens"
 LossFn = Callable[..., tuple[jax.Array, jax.Array, dict[str, jax.Array]]]
@@ -41,9 +42,9 @@ class MeshConfig:
 
     data: int = -1
     """Copies of the model that share a batch; -1: all devices that the others leave."""
-    fsdp: int = 1
+    fsdp: Count = 1
     """Devices over which parameters and optimiser state are cut; they share a batch too."""
-    tensor: int = 1
+    tensor: Count = 1
     """Devices over which each layer is cut."""
 
 
@@ -51,18 +52,18 @@ class MeshConfig:
 class OptimizerConfig:
     """AdamW, its schedule and clipping."""
 
-    learning_rate: float
+    learning_rate: Rate
     """At the peak, after the warm-up."""
     schedule: Literal["cosine", "linear", "constant"] = "cosine"
     """How it falls to 0 at the last step."""
-    warmup_steps: int = 0
-    weight_decay: float = 0.0
+    warmup_steps: CountOrNone = 0
+    weight_decay: Annotated[float, Bound(0)] = 0.0
     """Of kernels and tables; vectors (norms, biases) have none."""
-    clip_norm: float = 1.0
+    clip_norm: Annotated[float, Bound(0)] = 1.0
     """Largest global norm of a gradient; 0 does not clip."""
-    b1: float = 0.9
-    b2: float = 0.999
-    accumulate: int = 1
+    b1: Share = 0.9
+    b2: Share = 0.999
+    accumulate: Count = 1
     """Microbatches into which a batch is cut to save memory."""
 
 

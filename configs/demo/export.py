@@ -11,15 +11,21 @@ from train.export import ExportConfig
 
 def config() -> ExportConfig:
     return ExportConfig(
-        encoder="work/demo/encoder/model", ranker="work/demo/ranker/model", index="work/demo/index/index"
+        name="onet",
+        encoder="work/demo/encoder/model",
+        ranker="work/demo/ranker/model",
+        index="work/demo/index/index",
+        lexical_view="full",
     )
 
 
 def quick() -> ExportConfig:
     return ExportConfig(
+        name="onet",
         encoder="work/demo-quick/encoder/model",
         ranker="work/demo-quick/ranker/model",
         index="work/demo-quick/index/index",
+        lexical_view="full",
         calibration_queries=6,
         calibration_depth=5,
         num_item_buckets=2,

@@ -111,6 +111,9 @@ def load_collection(spec: str | os.PathLike[str], *, skip_bad_lines: bool = Fals
     is_beir = (folder / "corpus.jsonl").is_file()
     documents = _read_documents(_find(folder, "corpus" if is_beir else "documents"), bad)
     queries, stated = _read_queries(_find(folder, "queries"), bad)
+    for what, found in (("document", documents), ("query", queries)):
+        if not found:
+            raise InputError(f"{folder} holds no usable {what}. {bad.report()}".strip())
     qrels: Qrels = {}
     if is_beir:
         stated = _read_beir_grades(folder / "qrels", queries, documents, qrels, bad)
@@ -154,9 +157,6 @@ def _assemble(
     qrels: Qrels,
     notice: str,
 ) -> Collection:
-    for what, found in (("document", documents), ("query", queries)):
-        if not found:
-            raise InputError(f"{folder} holds no usable {what}. {notice}".strip())
     if ungraded := len(queries) - len(qrels):
         notice = f"{notice} {ungraded} queries have no grade: training and evaluation leave them out.".strip()
     return Collection(
@@ -245,6 +245,8 @@ def _add_grade(
 ) -> bool:
     """Adds one grade to `qrels`, or says what is wrong with it."""
     query_id, document_id, grade = _id(pair[0]), _id(pair[1]), pair[2]
+    if isinstance(grade, float) and grade.is_integer():
+        grade = int(grade)
     if query_id is None or document_id is None:
         complain("query_id and document_id must be there, as text or whole numbers")
     elif query_id not in queries:
@@ -267,10 +269,12 @@ def _find(folder: Path, stem: str) -> Path: ...
 def _find(folder: Path, stem: str, *, is_optional: bool) -> Path | None: ...
 def _find(folder: Path, stem: str, *, is_optional: bool = False) -> Path | None:
     found = [folder / f"{stem}{kind}" for kind in _KINDS if (folder / f"{stem}{kind}").is_file()]
+    names = " or ".join(f"{stem}{kind}" for kind in _KINDS)
     if not found and is_optional:
+        if others := sorted(file.name for file in folder.glob(f"{stem}.*")):
+            raise InputError(f"{folder / others[0]} is not read: make it {names}")
         return None
     if len(found) != 1:
-        names = " or ".join(f"{stem}{kind}" for kind in _KINDS)
         raise InputError(f"{folder} needs one file {names}; it has {len(found)}")
     return found[0]
 
