@@ -20,12 +20,14 @@ RUN := $(VENV)/bin/python
 READY := $(VENV)/.ready
 PARITY_READY := $(PARITY_VENV)/.ready
 
-.PHONY: help demo serve reference test check parity format clean
+.PHONY: help install demo serve reference test check parity format clean
 .DELETE_ON_ERROR:
 
 help:  ## this list
 	@sed -n 's/^\([a-z]*\):.*## \(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 20
 	@echo '  variables: QUICK=1 (small variant), WORKDIR=DIR, BUNDLE=DIR, HOST, PORT, PYTHON, PIP_ARGS'
+
+install: $(READY)  ## makes .venv and nothing else; every other target does it too
 
 demo: $(READY)  ## data to trained models to a served search, and how good each stage is
 	$(RUN) -m train.demo --config configs/demo/pipeline.py --workdir $(WORKDIR) $(QUICK_FLAG)

@@ -119,6 +119,12 @@ class TextEncoder:
         max_document_tokens: int = 256,
         version: str = "",
     ):
+        longest, backbone = max(max_query_tokens, max_document_tokens), encoder.backbone
+        if isinstance(backbone, Bert) and longest > backbone.config.max_positions:
+            raise InputError(
+                f"this encoder has {backbone.config.max_positions} positions: texts of {longest} tokens do not fit, "
+                "lower max_query_tokens or max_document_tokens"
+            )
         self.encoder = encoder
         self.tokenizer = tokenizer
         self.query_instruction = query_instruction
@@ -220,12 +226,13 @@ def load_encoder(directory: str | Path, *, dtype=jnp.float32) -> TextEncoder:
         raise InputError(
             f"{directory} holds a decoder that was not trained to embed: run python -m train.encoder on it"
         )
+    most = loaded.model.config.max_positions
     return TextEncoder(
         Encoder(loaded.model, pooling=card.get("pooling", "mean")),
         loaded.tokenizer,
         query_instruction=card.get("query_instruction", ""),
-        max_query_tokens=card.get("max_query_tokens", 64),
-        max_document_tokens=card.get("max_document_tokens", 256),
+        max_query_tokens=card.get("max_query_tokens", min(64, most)),
+        max_document_tokens=card.get("max_document_tokens", min(256, most)),
         version=checkpoints.model_version(directory),
     )
 

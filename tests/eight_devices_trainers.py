@@ -29,7 +29,12 @@ def main(folder: Path) -> None:
     mined = {"retriever": str(parts["encoder"]), "base": str(parts["ranker"]), "check_queries": 3}
     encoder.main(
         encoder.EncoderConfig(
-            backbone=str(parts["encoder"]), batch_queries=8, documents_per_query=3, **common
+            backbone=str(parts["encoder"]),
+            batch_queries=8,
+            documents_per_query=3,
+            max_query_tokens=24,
+            max_document_tokens=32,
+            **common,
         ),
         folder / "trained" / "encoder",
     )

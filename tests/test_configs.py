@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from train.config import describe, load_config, override
+from train.config import check, describe, load_config, override
 
 ROOT = Path(__file__).parent.parent
 CONFIGS = sorted(path for path in (ROOT / "configs").rglob("*.py") if path.name != "__init__.py")
@@ -74,6 +74,7 @@ def test_both_variants_are_made_and_printed_so_that_they_can_be_set_again(path):
     for config in both(path):
         values = describe(config)
         assert values
+        check(config)
         plain = {key: value for key, value in values.items() if not _holds_dataclasses(config, key)}
         assert override(config, [f"{key}={value}" for key, value in plain.items()]) == config
 
@@ -100,7 +101,7 @@ def test_no_field_is_one_that_nothing_reads(path):
 
 def commands_in(text: str) -> list[list[str]]:
     """Word lists of our `python -m` commands in a text, continued over indented lines and backslashes."""
-    joined = re.sub(r"\s*\\?\n\s+(?=--[a-z])", " ", text)
+    joined = re.sub(r"\s*\\\n\s+|\s*\n\s+(?=--[a-z])", " ", text)
     return [
         shlex.split(match, comments=True)
         for match in re.findall(r"(?:python3?|\$\(RUN\)) -m ((?:train|serve|jaxsearch)\.[^`|&;\n]*)", joined)
@@ -135,7 +136,10 @@ def test_every_command_exists(path):
                 flag = word.split("=")[0].rstrip(".,:)")
                 assert f'"{flag}"' in source, f"{words[0]} has no {flag}"
             if word == "--config" and not set(words[number + 1]) & set("<…$"):
-                assert (ROOT / words[number + 1].rstrip(".,:)")).is_file(), words
+                config = ROOT / words[number + 1].rstrip(".,:)")
+                assert config.is_file(), words
+                assigned = [word for word in words[number + 2 :] if "=" in word and not word.startswith("-")]
+                override(both(config)[0], [word for word in assigned if not set(word) & set("<…$")])
     code = code_of(path)
     targets = re.findall(r"(?:^|`|\n)\s*make ([a-z]+)\b", code if path.suffix != ".py" else "")
     assert set(targets) <= TARGETS

@@ -118,8 +118,14 @@ def test_long_texts_keep_their_closing_special_token_where_there_is_one():
     bert, text = Encoder(make(BERT)), "a long text about bread and how it is baked"
     for tokenizer, num_closing in ((tiny_tokenizer(), 0), (Tokenizer.from_path(fetch("minilm")), 1)):
         whole = tokenizer.encode_batch([text], special=True)[0]
-        cut = TextEncoder(bert, tokenizer, max_document_tokens=8).encode_documents([text])[0]
+        short = TextEncoder(bert, tokenizer, max_query_tokens=8, max_document_tokens=8)
+        cut = short.encode_documents([text])[0]
         assert cut == [*whole[: 8 - num_closing], *whole[len(whole) - num_closing :]]
+
+
+def test_more_tokens_than_positions_are_refused_at_once():
+    with pytest.raises(InputError, match="has 12 positions: texts of 13 tokens do not fit"):
+        TextEncoder(Encoder(make(BERT)), tiny_tokenizer(), max_query_tokens=12, max_document_tokens=13)
 
 
 def test_a_saved_encoder_embeds_as_before(tmp_path):
