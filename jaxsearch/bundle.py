@@ -31,7 +31,7 @@ from jaxsearch.ranker import TextRanker, load_ranker
 from jaxsearch.retrieval.exact import ExactIndex
 from jaxsearch.scoring.prefill import PrefillScorer, ScoreRequest
 
-FORMAT = 1
+FORMAT = 2
 MANIFEST = "bundle.json"
 SCORE_TOLERANCE = 0.02
 """Known scores may differ by this much on other hardware than the one that wrote them."""
@@ -100,6 +100,7 @@ class Bundle:
     calibration: IsotonicMap | None
     plan: ShapePlan
     known_answers: list[KnownAnswer]
+    quality: list[dict[str, Any]]
 
 
 def known_answers(
@@ -136,6 +137,7 @@ def write_bundle(
     calibration: IsotonicMap | None = None,
     triples: Sequence[tuple[str, str, str]] = (),
     model_card: str = "",
+    quality: Sequence[Mapping[str, Any]] = (),
 ) -> Path:
     """Writes a bundle in one step: until it is whole, nothing is at `directory`.
 
@@ -145,6 +147,7 @@ def write_bundle(
       lexical_view: the view whose words BM25 searches.
       item_lengths: recorded prompt item lengths in tokens; None takes those of the corpus in the ranker's view.
       triples: (query, fitting document, other document) texts for the self-test.
+      quality: what was measured before, a row per system; the server shows it.
     Raises: InputError when parts do not fit together, or `directory` holds something that is not a bundle.
     """
     directory = Path(directory)
@@ -185,6 +188,7 @@ def write_bundle(
         if calibration is not None:
             calibration.save(part / "calibration.json")
         answers = known_answers(ranker, plan, triples)
+        _write_json(part / "quality.json", list(quality))
         _write_json(part / "selftest.json", [dataclasses.asdict(answer) for answer in answers])
         (part / "MODEL_CARD.md").write_text(model_card, encoding="utf-8")
         _write_manifest(part, name, encoder, ranker, plan, lexical_view)
@@ -297,6 +301,7 @@ def _load_checked(directory: Path, manifest: Mapping[str, Any]) -> Bundle:
             KnownAnswer(answer["query"], tuple(answer["documents"]), tuple(answer["scores"]))
             for answer in read_json(directory / "selftest.json", hint="export the bundle again")
         ],
+        quality=read_json(directory / "quality.json", hint="export the bundle again"),
     )
 
 

@@ -17,6 +17,7 @@ from jaxsearch.errors import InputError
 OPERATORS = ("eq", "ne", "in", "lt", "lte", "gt", "gte", "exists")
 MAX_NODES = 1000
 MAX_NESTING = 32
+MAX_FACET_VALUES = 200
 
 
 class Column:
@@ -37,6 +38,15 @@ class Column:
                     if part is not None:
                         rows[_key(part)].append(row)
             self._rows = rows
+
+    def described(self) -> dict[str, Any]:
+        """A facet is a field with few values for many documents; numbers have a range instead."""
+        about: dict[str, Any] = {"name": self.name, "kind": self.kind, "is_facet": False}
+        if self.kind == "number":
+            return about | {"least": float(np.nanmin(self._numbers)), "most": float(np.nanmax(self._numbers))}
+        num_values = len(self._rows)
+        is_facet = 1 < num_values <= min(MAX_FACET_VALUES, int(self.exists.sum()) // 2)
+        return about | {"is_facet": is_facet, "num_values": num_values}
 
     def equal_to(self, value: Any) -> Bool[np.ndarray, "c"]:
         """Documents whose value is `value`; a list field counts when one of its entries is."""
@@ -79,6 +89,10 @@ class Columns:
     @property
     def names(self) -> list[str]:
         return sorted(self._columns)
+
+    def described(self) -> list[dict[str, Any]]:
+        """Per field its name, its kind, and what a page needs to offer it as a filter."""
+        return [self._columns[name].described() for name in self.names]
 
     def column(self, name: Any, *, where: str) -> Column:
         """The column of a field. Raises: InputError that names the known fields."""

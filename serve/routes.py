@@ -17,12 +17,14 @@ from typing import Any
 import pydantic.json_schema
 from fastapi import FastAPI, Request, Response
 from fastapi.openapi.utils import get_openapi
+from fastapi_offline import FastAPIOffline
 from starlette.exceptions import HTTPException
 
 from jaxsearch.errors import InputError
 from serve.batcher import DeadlineExceeded, QueueFull, Stopped
 from serve.engine import Engine
 from serve.handlers import Call, ClientLeft, Limits, Reply, Service
+from serve.pages import add_pages
 from serve.protocol import (
     EmbeddingsBody,
     PairsBody,
@@ -148,7 +150,13 @@ def create_app(
         engine.telemetry.close()
         service.executor.shutdown()
 
-    app = FastAPI(title="jaxsearch", lifespan=lifespan)
+    app = FastAPIOffline(
+        title="jaxsearch",
+        lifespan=lifespan,
+        redoc_url=None,
+        static_url="/web/api",
+        favicon_url="/web/icon.svg",
+    )
     posts = [
         (service.search, ("/v1/search",), (SearchBody,)),
         (service.rerank, ("/v1/rerank", "/v2/rerank", "/rerank", "/v1/reranking"), (RerankBody,)),
@@ -159,6 +167,7 @@ def create_app(
         for path in paths:
             _add_post(app, service, path, handler, bodies)
     _add_gets(app, service)
+    add_pages(app)
     _describe(app, [body for _, _, bodies in posts for body in bodies])
 
     @app.exception_handler(HTTPException)

@@ -86,7 +86,7 @@ def test_one_flipped_bit_is_found(copy, path):
         ({"encoder_version": "0" * 12}, "the manifest's encoder: 000000000000, the encoder folder"),
         ({"prompt_fingerprint": "0" * 12}, "the manifest's prompt: 000000000000, the ranker's prompt"),
         ({"label_ids": [1, 2]}, r"the manifest's labels: \[1, 2\], the ranker's labels"),
-        ({"format": 99}, "not a bundle of format 1"),
+        ({"format": 99}, "not a bundle of format 2"),
         ({"lexical_view": "long"}, "BM25's view is known: False"),
     ],
 )

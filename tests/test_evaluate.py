@@ -16,7 +16,7 @@ from jaxsearch.retrieval.lexical import Bm25Index
 from jaxsearch.retrieval.scann import ScannIndex
 from tests.tiny_bundle import write_parts
 from tests.tiny_collection import tiny_judge
-from train import evaluate, index, report
+from train import evaluate, index, plots, report
 from train.evaluate import FUSED, EvaluateConfig
 
 WORDS = ["bake", "bread", "write", "code", "forge", "iron", "care", "teach", "dig", "paint", "sew", "drive"]
@@ -136,8 +136,8 @@ def test_json_is_strict_and_complete():
 
 
 def test_plot_has_a_panel_per_column_and_group(tmp_path):
-    report.plot(tmp_path / "one.png", "T", [group()], baseline="poor", footer="a footer " * 40)
-    report.plot(tmp_path / "two.png", "T", [group(), group()], baseline="poor", footer="")
+    plots.plot(tmp_path / "one.png", "T", [group()], baseline="poor", footer="a footer " * 40)
+    plots.plot(tmp_path / "two.png", "T", [group(), group()], baseline="poor", footer="")
     sizes = [_png_size(tmp_path / name) for name in ("one.png", "two.png")]
     assert sizes[0][0] == pytest.approx(sizes[1][0], rel=0.02)
     assert sizes[1][1] > 1.3 * sizes[0][1]

@@ -50,7 +50,7 @@ OWNERS = {
     "huggingface_hub": ("jaxsearch.data.assets",),
     "ir_measures": ("jaxsearch.metrics",),
     "lmdb": (),
-    "matplotlib": ("train.report",),
+    "matplotlib": ("train.plots",),
     "orjson": ("serve",),
     "prometheus_client": ("serve",),
     "psutil": ("train", "serve"),

@@ -115,6 +115,7 @@ def write_parts(root: Path) -> dict[str, Path]:
     (vertical / "prompts").mkdir(parents=True)
     (vertical / "vertical.toml").write_text(
         'name = "jobs"\nquery_instruction = "Find: "\nrelevant_threshold = 2\n'
+        'examples = ["write code", "bake bread"]\n'
         '[views]\nshort = ["title"]\nfull = ["title", "tasks"]\n'
     )
     (vertical / "policy.md").write_text("Grade 4 when it fits.\n")

@@ -2,12 +2,14 @@
 
     python tests/toy_training.py WORKDIR NUM_STEPS [SIGNAL_NAME AT_BATCH]
 
-Sends itself the signal while it makes batch AT_BATCH. At the end it writes `WORKDIR/params.npz`.
+Sends itself the signal while it makes batch AT_BATCH; `SLOW SECONDS` says "training" and takes that long for every
+batch instead, so that another process can choose the moment. At the end it writes `WORKDIR/params.npz`.
 """
 
 import os
 import signal
 import sys
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -84,7 +86,10 @@ def params_of(net: nnx.Module) -> dict[str, np.ndarray]:
 def main(workdir: str, num_steps: str, signal_name: str = "", at_batch: str = "-1") -> None:
     def interrupted(start: int) -> Iterator[dict[str, np.ndarray]]:
         for number, batch in enumerate(batches(start), start):
-            if number == int(at_batch):
+            if signal_name == "SLOW":
+                print("training", flush=True)
+                time.sleep(float(at_batch))
+            elif number == int(at_batch):
                 os.kill(os.getpid(), signal.Signals[signal_name])
             yield batch
 

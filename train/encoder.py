@@ -33,7 +33,7 @@ from jaxsearch.errors import InputError
 from jaxsearch.files import write_json
 from jaxsearch.nn.convert import load_pretrained
 from train.config import Bound, Count
-from train.inputs import load_data, mine, validate
+from train.inputs import load_data, mine, origin, validate
 from train.loop import LoopConfig, OptimizerConfig, fit
 from train.options import run, say
 from train.workdir import claim
@@ -190,7 +190,12 @@ def main(config: EncoderConfig, workdir: Path) -> None:
         else:
             nnx.update(encoder, best)
             text_encoder.use_weights(encoder)
-    trained = {"collection": collection.fingerprint(), "steps": steps, "validation": report, "kept": kept}
+    trained = {
+        **origin(config.backbone, collection),
+        "steps": steps,
+        "validation": report,
+        "kept": kept,
+    }
     save_encoder(workdir / "model", text_encoder, trained=trained)
     write_json(workdir / "report.json", report | {"kept": kept})
     shown = ", ".join(f"{name} {metrics['ndcg@10']:.3f}" for name, metrics in report.items())

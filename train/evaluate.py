@@ -30,7 +30,7 @@ from jaxsearch.retrieval.exact import ExactIndex
 from jaxsearch.retrieval.fusion import FittedWeight, fit_weight, weighted_fusion
 from jaxsearch.retrieval.lexical import Bm25Index
 from jaxsearch.scoring.prefill import PrefillScorer
-from train import report
+from train import plots, report
 from train.config import Count, CountOrNone
 from train.inputs import check_view, load_data, load_retriever, offline_scorer
 from train.label import label_pairs
@@ -345,7 +345,7 @@ def main(config: EvaluateConfig, workdir: Path) -> None:
     title = f"{vertical.name}: {config.split} queries"
     write_json(workdir / "report.json", report.to_json(groups, {"text": notes, **facts}))
     (workdir / "report.md").write_text(report.to_markdown(title, groups, notes), encoding="utf-8")
-    report.plot(
+    plots.plot(
         workdir / "report.png", title, groups, baseline=config.baseline,
         footer=f"Dots: mean; bars: 95 % bootstrap interval over queries; dashed: {config.baseline}. "
         f"{collection.notice}",

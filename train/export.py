@@ -9,7 +9,6 @@ and `report.json`; serve it with `python -m serve.main --bundle work/demo/export
 
 import dataclasses
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -23,10 +22,12 @@ from jaxsearch.errors import InputError
 from jaxsearch.files import read_json, read_object, write_json
 from jaxsearch.ranker import load_ranker
 from jaxsearch.retrieval.exact import ExactIndex
+from train.card import CardFacts, measure_speed, model_card
 from train.config import Count, CountOrNone
 from train.inputs import load_data, mine, offline_scorer
 from train.options import run, say
 from train.ranker import rerank
+from train.report import quality_rows
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,6 +42,8 @@ class ExportConfig:
     """Folder of the ranker."""
     index: str = "work/index/index"
     """Folder of the exact index, made by train.index with this encoder."""
+    report: str = ""
+    """report.json of train.evaluate, for the model card and the status page; empty: they say nothing of quality."""
     collection: str = "onet_activities"
     """A built-in collection or the folder of your own (BEIR, JSONL, Parquet); its documents are searched."""
     skip_bad_lines: bool = False
@@ -123,34 +126,6 @@ def choose_triples(
     return triples
 
 
-def model_card(name: str, config: ExportConfig, collection: Collection, facts: dict[str, Any]) -> str:
-    """What people should know before they use the bundle."""
-    cards = {"encoder": read_card(Path(config.encoder)), "ranker": read_card(Path(config.ranker))}
-    lines = [f"# {name}", "", f"Search over {collection.name}: {len(collection.documents)} documents."]
-    if collection.notice:
-        lines += ["", "## Data", "", collection.notice]
-    for kind, card in cards.items():
-        lines += ["", f"## {kind.capitalize()}", "", f"Version {card['version']}.", ""]
-        lines += [f"- {key}: {value}" for key, value in _flat(card.get("trained", {})).items()]
-    lines += ["", "## Calibration", ""]
-    lines += [f"- {key}: {value}" for key, value in facts.items()] or ["None was fitted."]
-    return "\n".join(lines) + "\n"
-
-
-def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """One line a value: nested names joined, numbers short, lists with commas."""
-    flat: dict[str, Any] = {}
-    for key, value in values.items():
-        name = f"{prefix}{key}"
-        if isinstance(value, dict):
-            flat |= _flat(value, f"{name} ")
-        elif isinstance(value, list):
-            flat[name] = ", ".join(map(str, value))
-        else:
-            flat[name] = f"{value:.4g}" if isinstance(value, float) else value
-    return flat
-
-
 def main(config: ExportConfig, workdir: Path) -> None:
     collection, vertical = load_data(
         config,
@@ -164,6 +139,7 @@ def main(config: ExportConfig, workdir: Path) -> None:
     queries = collection.split("validation")
     random = np.random.default_rng(config.seed)
     queries = [queries[i] for i in random.permutation(len(queries))]
+    scorer = offline_scorer(ranker, max_batch_tokens=config.max_batch_tokens)
     calibration, facts = None, {}
     if config.calibration_queries:
         candidates = mine(
@@ -174,8 +150,19 @@ def main(config: ExportConfig, workdir: Path) -> None:
             view=index.metadata["view"],
             depth=config.calibration_depth,
         )
-        scores = rerank(ranker, offline_scorer(ranker), collection, vertical, candidates)
+        scores = rerank(ranker, scorer, collection, vertical, candidates)
         calibration, facts = calibrate(scores, collection, threshold=vertical.relevant_threshold)
+    report = read_object(config.report) if config.report else {}
+    texts = [vertical.document_text(collection.documents[key], ranker.view) for key in index.ids]
+    card = CardFacts(
+        name=name,
+        collection=collection,
+        vertical=vertical,
+        models={"encoder": read_card(Path(config.encoder)), "ranker": read_card(Path(config.ranker))},
+        calibration=facts,
+        speed=measure_speed(ranker, scorer, queries[0].text if queries else "a", texts),
+        report=report,
+    )
     bundle = write_bundle(
         workdir / "bundle",
         name=name,
@@ -191,13 +178,14 @@ def main(config: ExportConfig, workdir: Path) -> None:
         triples=choose_triples(
             queries, collection, vertical, view=ranker.view, count=config.known_answers, seed=config.seed
         ),
-        model_card=model_card(name, config, collection, facts),
+        model_card=model_card(card),
+        quality=quality_rows(report) if report else [],
     )
     manifest = read_object(bundle / MANIFEST)
     size = sum(entry["size_bytes"] for entry in manifest["files"].values())
     answers = len(read_json(bundle / "selftest.json"))
-    report = {"size_bytes": size, "plan": manifest["plan"], "known_answers": answers, "calibration": facts}
-    write_json(workdir / "report.json", report)
+    made = {"size_bytes": size, "plan": manifest["plan"], "known_answers": answers, "calibration": facts}
+    write_json(workdir / "report.json", made | {"speed": card.speed})
     error = f" (error {facts['held_out_error']} on held-out queries)" if "held_out_error" in facts else ""
     fitted = f"calibrated on {facts['num_queries']} queries{error}" if facts else "not calibrated"
     say(f"{bundle}: {size / 1e6:.0f} MB, {answers} known answers, {fitted}")

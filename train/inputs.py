@@ -10,7 +10,7 @@ from typing import Protocol
 
 import numpy as np
 
-from jaxsearch.data.assets import resolve
+from jaxsearch.data.assets import licence_of, resolve
 from jaxsearch.data.batches import CandidateSampler, multiples
 from jaxsearch.data.records import Collection, Query, Run
 from jaxsearch.data.sources import load_collection
@@ -186,6 +186,11 @@ def validate(
         )
     values = rank_metrics(seen, ranking, threshold=threshold, metrics=metrics)
     return {name: float(np.mean(list(per_query.values()))) for name, per_query in values.items()}
+
+
+def origin(base: str, collection: Collection) -> dict[str, str]:
+    """What a trained model's card says first: from which weights, under which licence, on which data."""
+    return {"base": base, "licence": licence_of(base), "collection": collection.fingerprint()}
 
 
 def offline_scorer(model: TextJudge | TextRanker, *, max_batch_tokens: int = 2048) -> PrefillScorer:

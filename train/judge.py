@@ -33,7 +33,15 @@ from jaxsearch.metrics import kappa_interval
 from jaxsearch.nn.lora import LoRAParam, add_lora, merge_lora
 from jaxsearch.scoring.prefill import ScoreRequest
 from train.config import Count, Rate, Share
-from train.inputs import load_base, load_data, load_retriever, offline_scorer, pair_texts, sample_pairs
+from train.inputs import (
+    load_base,
+    load_data,
+    load_retriever,
+    offline_scorer,
+    origin,
+    pair_texts,
+    sample_pairs,
+)
 from train.loop import LoopConfig, OptimizerConfig, fit
 from train.options import run, say
 from train.workdir import claim
@@ -193,7 +201,11 @@ def main(config: JudgeConfig, workdir: Path) -> None:
         split: agreement(judge, *sample(split, config.check_queries, CHECK_RANDOM_SHARE))
         for split in ("validation", "test")
     }
-    trained = {"collection": collection.fingerprint(), "steps": result.step, "agreement": report}
+    trained = {
+        **origin(config.base, collection),
+        "steps": result.step,
+        "agreement": report,
+    }
     save_judge(workdir / "model", judge, trained=trained)
     write_json(workdir / "report.json", report)
     for split, found in report.items():

@@ -36,7 +36,7 @@ from jaxsearch.nn.pruning import keep_layers
 from jaxsearch.ranker import Ranker, RankerBatch, RankerLoss, TextRanker, new_ranker, save_ranker
 from jaxsearch.scoring.prefill import PrefillScorer, ScoreRequest
 from train.config import Count
-from train.inputs import load_base, load_data, load_retriever, mine, offline_scorer, validate
+from train.inputs import load_base, load_data, load_retriever, mine, offline_scorer, origin, validate
 from train.label import Label, read_labels
 from train.loop import LoopConfig, OptimizerConfig, fit
 from train.options import run, say
@@ -272,7 +272,11 @@ def main(config: RankerConfig, workdir: Path) -> None:
         "steps": result.step,
         "labels": len(labels),
     }
-    trained = {"collection": collection.fingerprint(), "layers": list(config.layers), **report}
+    trained = {
+        **origin(config.base, collection),
+        "layers": list(config.layers),
+        **report,
+    }
     save_ranker(workdir / "model", ranker, trained=trained)
     write_json(workdir / "report.json", report)
     say(

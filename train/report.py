@@ -7,10 +7,8 @@ runs.
 
 import dataclasses
 import math
-import textwrap
 from collections.abc import Mapping, Sequence
 from collections.abc import Set as AbstractSet
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -221,13 +219,13 @@ def to_json(groups: Sequence[GroupResult], notes: Mapping[str, Any]) -> dict[str
     return {"notes": plain(notes), "groups": [plain(group) for group in groups]}
 
 
-def _number(value: float) -> str:
+def short(value: float) -> str:
     return "–" if math.isnan(value) else f"{value:.3f}".replace("0.", ".", 1)
 
 
 def _signed(value: float) -> str:
     """+.012, always with its sign."""
-    return ("-" if value < 0 else "+") + _number(abs(value))
+    return ("-" if value < 0 else "+") + short(abs(value))
 
 
 def table_rows(group: GroupResult) -> tuple[list[str], list[list[str]]]:
@@ -237,13 +235,13 @@ def table_rows(group: GroupResult) -> tuple[list[str], list[list[str]]]:
     rows = [
         [
             system,
-            *(_number(group.columns[column].means[system][metric]) for metric, column in cells),
-            _number(group.columns["all"].means[system]["ndcg_exp@10"]),
+            *(short(group.columns[column].means[system][metric]) for metric, column in cells),
+            short(group.columns["all"].means[system]["ndcg_exp@10"]),
         ]
         for system in group.systems
     ]
     floor = [
-        _number(group.columns[column].poor_match_floor) if metric == "poor_match_rate@10" else ""
+        short(group.columns[column].poor_match_floor) if metric == "poor_match_rate@10" else ""
         for metric, column in cells
     ]
     return header, [*rows, ["perfect ranking", *floor, ""]]
@@ -281,12 +279,12 @@ def to_rich(group: GroupResult) -> list[rich.table.Table]:
             "",
             "",
             "",
-            f"[dim]≥ {_number(result.poor_match_floor)}[/]",
+            f"[dim]≥ {short(result.poor_match_floor)}[/]",
         )
         for system, means in result.means.items():
             value, low, high = result.headline[system]
-            cells = [_number(value), f"[dim]{_number(low)}–{_number(high)}[/]", _number(means["ndcg_exp@10"])]
-            table.add_row(f"  {system}", *cells, *(_number(means[metric]) for metric in metrics))
+            cells = [short(value), f"[dim]{short(low)}–{short(high)}[/]", short(means["ndcg_exp@10"])]
+            table.add_row(f"  {system}", *cells, *(short(means[metric]) for metric in metrics))
         table.add_section()
     differences = rich.table.Table(title="NDCG@10, paired 95 % interval; * excludes 0", **style)
     header, rows = comparison_rows(group)
@@ -299,25 +297,43 @@ def to_rich(group: GroupResult) -> list[rich.table.Table]:
     return [table, differences]
 
 
+def quality_rows(written: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """The first group of a report.json, a row per system: headline with interval, then by part, then other metrics."""
+    columns = written["groups"][0]["columns"]
+    everything, parts = columns["all"], [name for name in columns if name != "all"]
+
+    def rounded(value: float | None) -> float | None:
+        return None if value is None else round(value, 3)
+
+    return [
+        {
+            "system": system,
+            "NDCG@10": rounded(means[HEADLINE]),
+            "low": rounded(everything["headline"][system]["low"]),
+            "high": rounded(everything["headline"][system]["high"]),
+            **{f"NDCG@10 {part}": rounded(columns[part]["means"][system][HEADLINE]) for part in parts},
+            **{
+                TITLES[metric]: rounded(means[metric])
+                for metric in ("recall@100", "mrr@10", "poor_match_rate@10")
+            },
+        }
+        for system, means in everything["means"].items()
+    ]
+
+
 def compact(written: Mapping[str, Any]) -> rich.table.Table:
-    """The first group of a report.json in one table of at most 100 characters a line."""
-    group = written["groups"][0]
-    everything, parts = group["columns"]["all"], [name for name in group["columns"] if name != "all"]
-    table = rich.table.Table(box=rich.box.SIMPLE_HEAD, pad_edge=False)
-    table.add_column("system", no_wrap=True)
-    metrics = ("recall@100", "mrr@10", "poor_match_rate@10")
-    for header in ("NDCG@10", "95 % interval", *parts, *(TITLES[metric] for metric in metrics)):
-        table.add_column(header, justify="right", no_wrap=True)
-
-    def shown(value: float | None) -> str:
-        return _number(math.nan if value is None else value)
-
-    for system, means in everything["means"].items():
-        interval = everything["headline"][system]
-        by_part = [shown(group["columns"][part]["means"][system][HEADLINE]) for part in parts]
-        cells = [shown(means[HEADLINE]), f"{shown(interval['low'])}–{shown(interval['high'])}", *by_part]
-        table.add_row(system, *cells, *(shown(means[metric]) for metric in metrics))
-    table.title, table.title_justify = f"{group['num_queries']} {group['name']}", "left"
+    """`quality_rows` for a console of 100 characters."""
+    group, rows = written["groups"][0], quality_rows(written)
+    table = rich.table.Table(box=rich.box.SIMPLE_HEAD, pad_edge=False, title_justify="left")
+    table.title = f"{group['num_queries']} {group['name']}"
+    for name in rows[0]:
+        table.add_column(
+            name.replace("NDCG@10 ", ""), justify="left" if name == "system" else "right", no_wrap=True
+        )
+    for row in rows:
+        table.add_row(
+            *(v if isinstance(v, str) else short(math.nan if v is None else v) for v in row.values())
+        )
     return table
 
 
@@ -336,60 +352,3 @@ def to_markdown(title: str, groups: Sequence[GroupResult], notes: Sequence[str])
             lines += ["| " + " | ".join(row) + " |" for row in rows]
             lines.append("")
     return "\n".join(lines)
-
-
-def plot(path: str | Path, title: str, groups: Sequence[GroupResult], *, baseline: str, footer: str) -> None:
-    """Dot and whisker per system: NDCG@10 with its 95 % interval, a row per group, a panel per column."""
-    from matplotlib.figure import Figure
-
-    columns = list(groups[0].columns)
-    heights = [len(group.systems) + 1.0 for group in groups]
-    width = 3.6 * len(columns) + 1.6
-    figure = Figure(figsize=(width, 0.4 * sum(heights) + 0.8 * len(groups) + 0.8), layout="constrained")
-    rows = figure.subfigures(len(groups), 1, squeeze=False, height_ratios=heights)[:, 0]
-    values = [
-        interval
-        for group in groups
-        for result in group.columns.values()
-        for interval in result.headline.values()
-    ]
-    low, high = min(value.low for value in values), max(value.high for value in values)
-    for part, group in zip(rows, groups, strict=True):
-        part.suptitle(f"{group.name} · {group.num_queries}", x=0.01, ha="left", fontsize=10, color="0.2")
-        panels = part.subplots(1, len(columns), squeeze=False, sharex=True)[0]
-        for axis, column in zip(panels, columns, strict=True):
-            _draw_panel(axis, group, column, baseline=baseline, has_names=column == columns[0])
-            axis.set_xlim(low - 0.06 * (high - low) - 0.01, high + 0.06 * (high - low) + 0.01)
-            axis.set_xlabel("NDCG@10", color="0.35", fontsize=9)
-    figure.suptitle(title, x=0.01, ha="left", fontsize=14, fontweight="bold")
-    wrapped = "\n".join(textwrap.wrap(footer, round(width * 17)))
-    figure.text(0.01, -0.01, wrapped, ha="left", va="top", fontsize=7.5, color="0.4", linespacing=1.4)
-    figure.savefig(path, dpi=160, bbox_inches="tight", facecolor="white", pad_inches=0.15)
-
-
-def _draw_panel(axis: Any, group: GroupResult, column: str, *, baseline: str, has_names: bool) -> None:
-    result = group.columns[column]
-    systems = group.systems
-    best = max(systems, key=lambda system: result.headline[system].value)
-    for place, system in enumerate(systems):
-        value, low, high = result.headline[system]
-        color = "#0b6e4f" if system == best else "#3b6ea5" if system != baseline else "0.45"
-        axis.plot([low, high], [place, place], color=color, linewidth=2.2, solid_capstyle="round", alpha=0.55)
-        axis.plot(value, place, "o", color=color, markersize=7)
-        weight = "bold" if system == best else "normal"
-        axis.annotate(
-            _number(value), (value, place), (0, 5), textcoords="offset points", ha="center", va="bottom",
-            fontsize=8, color=color, fontweight=weight,
-            bbox={"facecolor": "white", "edgecolor": "none", "pad": 0.6, "alpha": 0.85},
-        )  # fmt: skip
-    axis.axvline(result.headline[baseline].value, color="0.6", linewidth=0.9, linestyle=(0, (4, 3)), zorder=0)
-    axis.set_yticks(range(len(systems)), systems if has_names else [""] * len(systems))
-    axis.set_ylim(len(systems) - 0.4, -0.8)
-    axis.margins(x=0.12)
-    axis.grid(axis="x", color="0.92", linewidth=0.8)
-    axis.set_axisbelow(True)
-    axis.tick_params(length=0, labelsize=9)
-    axis.spines[["top", "right", "left"]].set_visible(False)
-    axis.spines["bottom"].set_color("0.8")
-    count = result.num_queries[HEADLINE]
-    axis.set_title(f"{column} documents, {count} queries with grades", loc="left", fontsize=8.5, color="0.4")

@@ -15,6 +15,7 @@ def config() -> ExportConfig:
         encoder="work/demo/encoder/model",
         ranker="work/demo/ranker/model",
         index="work/demo/index/index",
+        report="work/demo/evaluate/report.json",
         lexical_view="full",
     )
 
@@ -25,6 +26,7 @@ def quick() -> ExportConfig:
         encoder="work/demo-quick/encoder/model",
         ranker="work/demo-quick/ranker/model",
         index="work/demo-quick/index/index",
+        report="work/demo-quick/evaluate/report.json",
         lexical_view="full",
         calibration_queries=6,
         calibration_depth=5,

@@ -59,6 +59,7 @@ def stages(folder: str) -> tuple[Stage, ...]:
                 "encoder": models["encoder"],
                 "ranker": models["ranker"],
                 "index": "{workdir}/index/index",
+                "report": "{workdir}/evaluate/report.json",
             },
         ),
     )

@@ -19,6 +19,7 @@ def config() -> ExportConfig:
         encoder="work/reference/encoder/model",
         ranker="work/reference/ranker/model",
         index="work/reference/index/index",
+        report="work/reference/evaluate/report.json",
     )
 
 

@@ -99,6 +99,11 @@ def cache_dir() -> Path:
     return Path(stated).expanduser() if stated else Path.home() / ".cache" / "jaxsearch"
 
 
+def licence_of(name: str) -> str:
+    """What an asset's makers ask for; for anything else, where to look."""
+    return ASSETS[name].licence if name in ASSETS else f"that of {name}, as its makers state it"
+
+
 def resolve(name_or_path: str | os.PathLike[str]) -> Path:
     """The local file or folder that a config means by a path, an asset's name or a hub name, in this order.
 

@@ -32,6 +32,7 @@ class Vertical:
         relevant_threshold: the least grade, 1..4, that counts as relevant.
         policy: the grading policy, for people and for the judge.
         prompts: templates by name, "judge" and "ranker".
+        examples: queries that a search page offers; may be empty.
     """
 
     name: str
@@ -41,6 +42,7 @@ class Vertical:
     relevant_threshold: int
     policy: str
     prompts: Mapping[str, PromptTemplate]
+    examples: tuple[str, ...] = ()
 
     def document_text(self, document: Document, view: str) -> str:
         """The text of a document in one of the views.
@@ -55,7 +57,7 @@ class Vertical:
         return document_text(document, self.views[view])
 
     def fingerprint(self) -> str:
-        """Twelve hex digits over everything but the name and the place: what a run that used it depends on."""
+        """Twelve hex digits over all that a run which used it depends on: not the name, the place, the examples."""
         parts = {
             "views": {name: list(fields) for name, fields in self.views.items()},
             "query_instruction": self.query_instruction,
@@ -81,7 +83,7 @@ def load_vertical(directory: str | os.PathLike[str]) -> Vertical:
     except tomllib.TOMLDecodeError as error:
         raise InputError(f"{file} is not TOML: {error}") from error
     kinds: dict[str, type] = {"name": str, "query_instruction": str, "relevant_threshold": int, "views": dict}
-    problems = [f"unknown key {key!r}" for key in stated.keys() - kinds.keys()]
+    problems = [f"unknown key {key!r}" for key in stated.keys() - kinds.keys() - {"examples"}]
     for key, kind in kinds.items():
         if key not in stated:
             problems.append(f"key {key!r} is missing")
@@ -106,6 +108,7 @@ def load_vertical(directory: str | os.PathLike[str]) -> Vertical:
         relevant_threshold=stated["relevant_threshold"],
         policy=_read(directory / "policy.md").strip(),
         prompts=prompts,
+        examples=tuple(stated.get("examples", ())),
     )
 
 
@@ -141,6 +144,9 @@ def _check_values(stated: Mapping[str, Any]) -> list[str]:
     problems = []
     if not 1 <= stated["relevant_threshold"] <= MAX_GRADE:
         problems.append(f"relevant_threshold must be 1..{MAX_GRADE}, not {stated['relevant_threshold']}")
+    examples = stated.get("examples", [])
+    if not (isinstance(examples, list) and all(isinstance(text, str) and text.strip() for text in examples)):
+        problems.append(f"examples must be a list of queries, not {examples!r}")
     if not stated["views"]:
         problems.append("views must name one view at least")
     for name, fields in stated["views"].items():

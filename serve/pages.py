@@ -1,0 +1,32 @@
+"""The pages for people: search at `/`, the server's own metrics at `/status`.
+
+They are static files in `web/`, plain modules without a build step, and ask nothing of any other host: a content
+security policy holds them to that.
+"""
+
+from pathlib import Path
+
+from fastapi import FastAPI
+from fastapi.responses import FileResponse
+from fastapi.staticfiles import StaticFiles
+
+FOLDER = Path(__file__).parent / "web"
+PAGES = {"/": "index.html", "/status": "status.html"}
+HEADERS = {
+    "content-security-policy": "default-src 'self'; frame-ancestors 'none'",
+    "referrer-policy": "no-referrer",
+    "cache-control": "no-cache",
+}
+
+
+def add_pages(app: FastAPI) -> None:
+    """Adds the pages, and their scripts and styles under `/web`."""
+    for path, file in PAGES.items():
+        _add_page(app, path, FOLDER / file)
+    app.mount("/web", StaticFiles(directory=FOLDER), name="web")
+
+
+def _add_page(app: FastAPI, path: str, file: Path) -> None:
+    @app.get(path, include_in_schema=False)
+    async def page() -> FileResponse:
+        return FileResponse(file, headers=HEADERS)

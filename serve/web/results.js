@@ -1,0 +1,128 @@
+// How replies of /v1/search look: hits, timings, facets, the comparison of three systems.
+
+import { element, milliseconds } from "/web/dom.js";
+
+const STAGES = ["queue", "encode", "retrieve", "fuse", "tokenize", "rank"];
+const LONG_LISTS = 3;
+
+/** Beginnings of the query's words: "repairing engines" marks repair, repaired, engine. */
+export function stems(query) {
+  const words = query.toLowerCase().match(/[\p{L}\p{N}]{3,}/gu) ?? [];
+  return [...new Set(words.map((word) => word.replace(/(ing|ed|es|s|e)$/u, "")).filter((stem) => stem.length > 2))];
+}
+
+function marked(text, wanted) {
+  const parts = [];
+  for (const piece of String(text).split(/([\p{L}\p{N}]+)/u)) {
+    const isHit = wanted.some((stem) => piece.toLowerCase().startsWith(stem));
+    parts.push(isHit ? element("mark", {}, piece) : piece);
+  }
+  return parts;
+}
+
+const holds = (value, wanted) =>
+  String(value).toLowerCase().split(/[^\p{L}\p{N}]+/u).some((word) => wanted.some((stem) => word.startsWith(stem)));
+
+const asList = (value) => (Array.isArray(value) ? value : [value]);
+
+export const titleOf = (result, info) => result.fields[info.views[info.default_view][0]] ?? result.id;
+
+function scoreBadge(result) {
+  if (result.score === null) return element("span", { className: "quiet", title: "below the ranking depth" }, "not ranked");
+  const isRanked = "relevance" in result.scores;
+  const grade = isRanked ? Math.min(4, Math.floor(result.score * 5)) : 0;
+  const meaning = !isRanked ? "retrieval score" : result.scores.relevance.calibrated === null
+    ? "score from 0 to 1" : "calibrated probability of relevance";
+  return element("span", { className: `score grade-${grade}`, title: meaning }, result.score.toFixed(3));
+}
+
+function why(result) {
+  const rows = Object.entries(result.explain.sources).map(([name, found]) => [name, found.rank, found.score.toFixed(4)]);
+  rows.push(["fused (reciprocal rank)", result.explain.fused.rank, result.explain.fused.score.toFixed(4)]);
+  const relevance = result.scores.relevance;
+  if (relevance) {
+    rows.push(["ranker (yes − no)", result.rank, relevance.raw.toFixed(4)]);
+    if (relevance.calibrated !== null) rows.push(["calibrated", "", relevance.calibrated.toFixed(3)]);
+  }
+  const cells = rows.map(([name, rank, score]) => element("tr", {}, element("th", { scope: "row" }, name),
+    element("td", { className: "number" }, String(rank)), element("td", { className: "number" }, score)));
+  const head = element("tr", {}, element("th", { scope: "col" }, "where"), element("th", { scope: "col", className: "number" }, "rank"),
+    element("th", { scope: "col", className: "number" }, "score"));
+  const moved = result.explain.fused.rank - result.rank;
+  const story = !relevance ? "The ranker did not look at it." : moved === 0 ? "The ranker left it where retrieval put it."
+    : `The ranker moved it ${moved > 0 ? "up" : "down"} by ${Math.abs(moved)}.`;
+  const tokens = result.explain.tokens === null ? "" : ` It read ${result.explain.tokens} tokens${result.truncated ? ", the text cut at the limit" : ""}.`;
+  return element("details", { className: "why" }, element("summary", {}, "Why this result"),
+    element("p", { className: "quiet" }, story + tokens),
+    element("div", { className: "scroll" }, element("table", {}, element("thead", {}, head), element("tbody", {}, ...cells))));
+}
+
+export function hit(result, query, info) {
+  const wanted = stems(query);
+  const [titleField, ...shown] = info.views[info.default_view];
+  const names = Object.keys(result.fields);
+  const matched = names.filter((name) => holds(asList(result.fields[name]).join(" "), wanted));
+  const body = shown.filter((name) => name in result.fields).map((name) => element("p", {}, ...marked(asList(result.fields[name]).join("; "), wanted)));
+  const rest = names.filter((name) => name !== titleField && !shown.includes(name));
+  const excerpts = rest.filter((name) => matched.includes(name)).flatMap((name) => {
+    const found = asList(result.fields[name]).filter((part) => holds(part, wanted)).slice(0, LONG_LISTS);
+    return [element("dt", {}, name), ...found.map((part) => element("dd", {}, ...marked(part, wanted)))];
+  });
+  const everything = rest.flatMap((name) => [element("dt", {}, name),
+    ...asList(result.fields[name]).map((part) => element("dd", {}, ...marked(part, wanted)))]);
+  const tags = [...result.matched.map((source) => `found by ${source}`), ...matched.map((name) => `words in ${name}`)];
+  return element("li", {}, element("article", { className: "hit", tabIndex: -1, "aria-label": `Result ${result.rank}` },
+    element("header", {}, element("span", { className: "rank" }, String(result.rank)),
+      element("h3", {}, ...marked(titleOf(result, info), wanted)), scoreBadge(result)),
+    ...body,
+    excerpts.length ? element("dl", {}, ...excerpts) : null,
+    element("ul", { className: "tags" }, ...tags.map((tag) => element("li", {}, tag))),
+    result.explain ? why(result) : null,
+    everything.length ? element("details", { className: "more" }, element("summary", {}, "All fields"), element("dl", {}, ...everything)) : null));
+}
+
+export function timings(reply) {
+  const stated = reply.timings_ms;
+  const parts = STAGES.filter((name) => name in stated).map((name) => [name, stated[name]]);
+  const known = parts.reduce((sum, [, value]) => sum + value, 0);
+  if (stated.total > known) parts.push(["other", stated.total - known]);
+  const bar = element("div", { className: "stages", role: "img", "aria-label": `Server time ${milliseconds(stated.total)}` });
+  for (const [name, value] of parts) {
+    const piece = element("i", { title: `${name} ${milliseconds(value)}` });
+    piece.style.flexGrow = value;
+    piece.style.background = `var(--stage-${name})`;
+    bar.append(piece);
+  }
+  const legend = parts.map(([name, value]) => {
+    const swatch = element("i");
+    swatch.style.background = `var(--stage-${name})`;
+    return element("li", {}, swatch, `${name} ${milliseconds(value)}`);
+  });
+  return [bar, element("ul", { className: "legend" }, ...legend,
+    element("li", {}, `server ${milliseconds(stated.total)}, with the network ${milliseconds(reply.round_trip_ms)}`))];
+}
+
+/** Three lists side by side; arrows say how the ranker moved what retrieval found. */
+export function comparison(lists, info, counts) {
+  const fusedRank = new Map(lists.at(-1).results.map((result) => [result.id, result.explain.fused.rank]));
+  const columns = lists.map(({ name, results, error }) => {
+    if (error) return element("section", {}, element("h2", {}, name), element("p", { className: "quiet" }, error));
+    const items = results.slice(0, counts).map((result) => {
+      const item = element("li", { tabIndex: 0 }, element("span", { className: "rank" }, String(result.rank)), element("span", {}, titleOf(result, info)));
+      item.dataset.id = result.id;
+      if (name === lists.at(-1).name) {
+        const moved = fusedRank.get(result.id) - result.rank;
+        const way = moved > 0 ? "up" : moved < 0 ? "down" : "";
+        item.append(element("span", { className: `move ${way}`, title: "against the fused order of retrieval" },
+          moved > 0 ? `▲ ${moved}` : moved < 0 ? `▼ ${-moved}` : "="), scoreBadge(result));
+      }
+      return item;
+    });
+    return element("section", {}, element("h2", {}, name), items.length ? element("ol", {}, ...items) : element("p", { className: "quiet" }, "Nothing found."));
+  });
+  const grid = element("div", { className: "compare" }, ...columns);
+  const light = (id) => { for (const item of grid.querySelectorAll("li")) item.classList.toggle("same", item.dataset.id === id); };
+  for (const event of ["pointerover", "focusin"]) grid.addEventListener(event, (found) => light(found.target.closest("li")?.dataset.id ?? null));
+  grid.addEventListener("pointerleave", () => light(null));
+  return grid;
+}

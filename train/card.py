@@ -1,0 +1,122 @@
+"""The model card of a bundle: what it is made of, how good and how fast it is, and what must be said about its data.
+
+Every number comes from the stages' own reports or is measured when the bundle is made; what is not known is left out.
+"""
+
+import dataclasses
+import statistics
+import time
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+
+from jaxsearch.data.records import Collection
+from jaxsearch.data.verticals import Vertical
+from jaxsearch.ranker import TextRanker
+from jaxsearch.scoring.prefill import PrefillScorer, ScoreRequest
+from train.report import quality_rows
+
+SPEED_ITEMS = 50
+SPEED_REPEATS = 5
+
+
+@dataclasses.dataclass(frozen=True)
+class CardFacts:
+    """What a card is written from; `report` is that of train.evaluate, empty where there is none."""
+
+    name: str
+    collection: Collection
+    vertical: Vertical
+    models: Mapping[str, Mapping[str, Any]]
+    """Cards of the model folders by kind."""
+    calibration: Mapping[str, float | int]
+    speed: Mapping[str, Any]
+    report: Mapping[str, Any]
+
+
+def measure_speed(
+    ranker: TextRanker, scorer: PrefillScorer, query: str, texts: Sequence[str]
+) -> dict[str, Any]:
+    """Items a second of one request with `SPEED_ITEMS` documents, on this machine: median, least and most."""
+    prompt = ranker.request(query, list(texts)[:SPEED_ITEMS])
+    request = ScoreRequest(prompt.prefix, prompt.items)
+    scorer.score([request])
+    seconds = []
+    for _ in range(SPEED_REPEATS):
+        begun = time.perf_counter()
+        scorer.score([request])
+        seconds.append(time.perf_counter() - begun)
+    rates = [len(prompt.items) / value for value in seconds]
+    return {
+        "items_per_second": round(statistics.median(rates), 1),
+        "least": round(min(rates), 1),
+        "most": round(max(rates), 1),
+        "items": len(prompt.items),
+        "tokens_per_item": round(sum(map(len, prompt.items)) / len(prompt.items), 1),
+        "device": jax.devices()[0].device_kind,
+    }
+
+
+def model_card(facts: CardFacts) -> str:
+    """The card as Markdown."""
+    lines = [
+        f"# {facts.name}",
+        "",
+        f"Search over {facts.collection.name}: {len(facts.collection.documents)} documents.",
+    ]
+    lines += ["", "## Data", "", *_data(facts)]
+    for kind, card in facts.models.items():
+        lines += ["", f"## {kind.capitalize()}", "", f"Version {card['version']}.", ""]
+        lines += [f"- {key}: {value}" for key, value in _flat(card.get("trained", {})).items()]
+    lines += ["", "## Quality", "", *_quality(facts)]
+    lines += ["", "## Calibration", ""]
+    lines += [f"- {key}: {value}" for key, value in facts.calibration.items()] or ["None was fitted."]
+    lines += ["", "## Speed", ""]
+    lines += [f"- {key}: {value}" for key, value in facts.speed.items()]
+    return "\n".join(lines) + "\n"
+
+
+def _data(facts: CardFacts) -> list[str]:
+    collection = facts.collection
+    unseen = len(collection.unseen_documents)
+    kept = f"{unseen} documents are kept out of training, mining and calibration (unseen)." if unseen else ""
+    grades = sum(map(len, collection.qrels.values()))
+    lines = [
+        collection.notice,
+        kept,
+        f"{grades} grades on {len(collection.queries)} queries; {_fingerprints(facts)}.",
+    ]
+    return [line for line in lines if line]
+
+
+def _fingerprints(facts: CardFacts) -> str:
+    return f"data {facts.collection.fingerprint()}, vertical {facts.vertical.name} {facts.vertical.fingerprint()}"
+
+
+def _quality(facts: CardFacts) -> list[str]:
+    if not facts.report:
+        return ["Not measured: export was given no report of train.evaluate."]
+    group, rows = facts.report["groups"][0], quality_rows(facts.report)
+    header = list(rows[0])
+    table = ["| " + " | ".join(header) + " |", "| --- |" + " ---: |" * (len(header) - 1)]
+    table += ["| " + " | ".join("" if v is None else str(v) for v in row.values()) + " |" for row in rows]
+    return [
+        f"{group['num_queries']} {group['name']}; intervals are 95 %, by bootstrap over queries.",
+        "",
+        *table,
+    ]
+
+
+def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """One line a value: nested names joined, numbers short, lists with commas."""
+    flat: dict[str, Any] = {}
+    for key, value in values.items():
+        name = f"{prefix}{key}"
+        if isinstance(value, dict):
+            flat |= _flat(value, f"{name} ")
+        elif isinstance(value, list):
+            flat[name] = ", ".join(map(str, value))
+        else:
+            flat[name] = f"{value:.4g}" if isinstance(value, float) else value
+    return flat

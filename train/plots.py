@@ -1,0 +1,65 @@
+"""The report as a picture: dots and whiskers per system."""
+
+import textwrap
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from train.report import HEADLINE, GroupResult, short
+
+
+def plot(path: str | Path, title: str, groups: Sequence[GroupResult], *, baseline: str, footer: str) -> None:
+    """Dot and whisker per system: NDCG@10 with its 95 % interval, a row per group, a panel per column."""
+    from matplotlib.figure import Figure
+
+    columns = list(groups[0].columns)
+    heights = [len(group.systems) + 1.0 for group in groups]
+    width = 3.6 * len(columns) + 1.6
+    figure = Figure(figsize=(width, 0.4 * sum(heights) + 0.8 * len(groups) + 0.8), layout="constrained")
+    rows = figure.subfigures(len(groups), 1, squeeze=False, height_ratios=heights)[:, 0]
+    values = [
+        interval
+        for group in groups
+        for result in group.columns.values()
+        for interval in result.headline.values()
+    ]
+    low, high = min(value.low for value in values), max(value.high for value in values)
+    for part, group in zip(rows, groups, strict=True):
+        part.suptitle(f"{group.name} · {group.num_queries}", x=0.01, ha="left", fontsize=10, color="0.2")
+        panels = part.subplots(1, len(columns), squeeze=False, sharex=True)[0]
+        for axis, column in zip(panels, columns, strict=True):
+            _draw_panel(axis, group, column, baseline=baseline, has_names=column == columns[0])
+            axis.set_xlim(low - 0.06 * (high - low) - 0.01, high + 0.06 * (high - low) + 0.01)
+            axis.set_xlabel("NDCG@10", color="0.35", fontsize=9)
+    figure.suptitle(title, x=0.01, ha="left", fontsize=14, fontweight="bold")
+    wrapped = "\n".join(textwrap.wrap(footer, round(width * 17)))
+    figure.text(0.01, -0.01, wrapped, ha="left", va="top", fontsize=7.5, color="0.4", linespacing=1.4)
+    figure.savefig(path, dpi=160, bbox_inches="tight", facecolor="white", pad_inches=0.15)
+
+
+def _draw_panel(axis: Any, group: GroupResult, column: str, *, baseline: str, has_names: bool) -> None:
+    result = group.columns[column]
+    systems = group.systems
+    best = max(systems, key=lambda system: result.headline[system].value)
+    for place, system in enumerate(systems):
+        value, low, high = result.headline[system]
+        color = "#0b6e4f" if system == best else "#3b6ea5" if system != baseline else "0.45"
+        axis.plot([low, high], [place, place], color=color, linewidth=2.2, solid_capstyle="round", alpha=0.55)
+        axis.plot(value, place, "o", color=color, markersize=7)
+        weight = "bold" if system == best else "normal"
+        axis.annotate(
+            short(value), (value, place), (0, 5), textcoords="offset points", ha="center", va="bottom",
+            fontsize=8, color=color, fontweight=weight,
+            bbox={"facecolor": "white", "edgecolor": "none", "pad": 0.6, "alpha": 0.85},
+        )  # fmt: skip
+    axis.axvline(result.headline[baseline].value, color="0.6", linewidth=0.9, linestyle=(0, (4, 3)), zorder=0)
+    axis.set_yticks(range(len(systems)), systems if has_names else [""] * len(systems))
+    axis.set_ylim(len(systems) - 0.4, -0.8)
+    axis.margins(x=0.12)
+    axis.grid(axis="x", color="0.92", linewidth=0.8)
+    axis.set_axisbelow(True)
+    axis.tick_params(length=0, labelsize=9)
+    axis.spines[["top", "right", "left"]].set_visible(False)
+    axis.spines["bottom"].set_color("0.8")
+    count = result.num_queries[HEADLINE]
+    axis.set_title(f"{column} documents, {count} queries with grades", loc="left", fontsize=8.5, color="0.4")
