@@ -123,9 +123,9 @@ class Searcher:
             "usage": scored.usage() if scored else {"prompt_tokens": 0, "total_tokens": 0},
         }
         key = self._pin(body, reply, results)
-        stages["total"] = time.perf_counter() - begun
         for stage, seconds in stages.items():
             self.engine.telemetry.stage_seconds.labels(stage).observe(seconds)
+        stages["total"] = time.perf_counter() - begun
         timings = {stage: round(1000 * seconds, 3) for stage, seconds in stages.items()}
         return self._slice(reply, results, 0, body.top_k, key) | {"timings_ms": timings}
 

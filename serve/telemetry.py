@@ -5,7 +5,8 @@ import prometheus_client
 from prometheus_client import Counter, Gauge, Histogram
 
 COMPILE_EVENT = "/jax/core/compile/backend_compile_duration"
-STAGE_SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0)
+STAGE_SECONDS = tuple(base * 10.0**power for power in range(-3, 2) for base in (1, 1.5, 2, 3, 5, 7.5))
+"""Upper ends of the histograms' buckets, close enough for percentiles."""
 
 
 class Telemetry:

@@ -19,7 +19,15 @@ export function svg(tag, attributes = {}, ...children) {
   return node;
 }
 
-export const milliseconds = (value) => (value >= 100 ? `${Math.round(value)} ms` : `${value.toPrecision(2)} ms`);
+/** Three digits at most, never an exponent. */
+export function milliseconds(value) {
+  if (value >= 10_000) return `${Math.round(value / 1000)} s`;
+  if (value >= 1000) return `${(value / 1000).toFixed(2)} s`;
+  return `${value >= 10 ? Math.round(value) : value.toPrecision(2)} ms`;
+}
+
+/** A field's name as people say it. */
+export const spoken = (name) => name.replaceAll("_", " ");
 
 export function useTheme(button) {
   const root = document.documentElement;

@@ -1,6 +1,6 @@
 // Facets and ranges beside the results, and the filter that they make.
 
-import { element } from "/web/dom.js";
+import { element, spoken } from "/web/dom.js";
 
 const SHOWN = 12;
 
@@ -29,7 +29,7 @@ function choices(column, counted, chosen, onChange) {
 }
 
 function range(column, wanted, onChange) {
-  const box = (operator, text) => element("input", { type: "number", step: "any", "aria-label": `${column.name} ${text}`,
+  const box = (operator, text) => element("input", { type: "number", step: "any", "aria-label": `${spoken(column.name)} ${text}`,
     placeholder: String(operator === "gte" ? column.least : column.most), value: wanted[operator] ?? "",
     onchange: (event) => onChange({ ...wanted, [operator]: event.target.value === "" ? undefined : Number(event.target.value) }) });
   return element("div", { className: "range" }, box("gte", "at least"), "–", box("lte", "at most"));
@@ -47,7 +47,7 @@ export function renderFilters(aside, info, facets, filters, onChange) {
     let inside = [];
     if (column.kind === "number") inside = [range(column, wanted, (value) => change(column.name, value))];
     else if (column.is_facet) inside = choices(column, facets[column.name] ?? [], wanted.in ?? [], (chosen) => change(column.name, { in: chosen }));
-    return inside.length ? [element("fieldset", {}, element("legend", {}, column.name), ...inside)] : [];
+    return inside.length ? [element("fieldset", {}, element("legend", {}, spoken(column.name)), ...inside)] : [];
   });
   const count = Object.keys(filters).length;
   const clear = count ? [element("button", { type: "button", className: "link", onclick: () => {

@@ -1,27 +1,31 @@
 // How replies of /v1/search look: hits, timings, facets, the comparison of three systems.
 
-import { element, milliseconds } from "/web/dom.js";
+import { element, milliseconds, spoken } from "/web/dom.js";
 
 const STAGES = ["queue", "encode", "retrieve", "fuse", "tokenize", "rank"];
 const LONG_LISTS = 3;
 
-/** Beginnings of the query's words: "repairing engines" marks repair, repaired, engine. */
+const COMMON = new Set(["and", "are", "for", "from", "into", "not", "or", "that", "the", "this", "to", "with"]);
+
+/** "repairing", "repairs" and "repaired" are one word. */
+const stem = (word) => word.toLowerCase().replace(/(ing|ed|es|s|e)$/u, "");
+
+/** The query's words that are worth marking, as stems. */
 export function stems(query) {
-  const words = query.toLowerCase().match(/[\p{L}\p{N}]{3,}/gu) ?? [];
-  return [...new Set(words.map((word) => word.replace(/(ing|ed|es|s|e)$/u, "")).filter((stem) => stem.length > 2))];
+  const words = query.toLowerCase().match(/[\p{L}\p{N}]{2,}/gu) ?? [];
+  return new Set(words.filter((word) => !COMMON.has(word)).map(stem));
 }
 
 function marked(text, wanted) {
   const parts = [];
   for (const piece of String(text).split(/([\p{L}\p{N}]+)/u)) {
-    const isHit = wanted.some((stem) => piece.toLowerCase().startsWith(stem));
-    parts.push(isHit ? element("mark", {}, piece) : piece);
+    parts.push(piece && wanted.has(stem(piece)) ? element("mark", {}, piece) : piece);
   }
   return parts;
 }
 
 const holds = (value, wanted) =>
-  String(value).toLowerCase().split(/[^\p{L}\p{N}]+/u).some((word) => wanted.some((stem) => word.startsWith(stem)));
+  String(value).split(/[^\p{L}\p{N}]+/u).some((word) => word && wanted.has(stem(word)));
 
 const asList = (value) => (Array.isArray(value) ? value : [value]);
 
@@ -66,11 +70,11 @@ export function hit(result, query, info) {
   const rest = names.filter((name) => name !== titleField && !shown.includes(name));
   const excerpts = rest.filter((name) => matched.includes(name)).flatMap((name) => {
     const found = asList(result.fields[name]).filter((part) => holds(part, wanted)).slice(0, LONG_LISTS);
-    return [element("dt", {}, name), ...found.map((part) => element("dd", {}, ...marked(part, wanted)))];
+    return [element("dt", {}, spoken(name)), ...found.map((part) => element("dd", {}, ...marked(part, wanted)))];
   });
-  const everything = rest.flatMap((name) => [element("dt", {}, name),
+  const everything = rest.flatMap((name) => [element("dt", {}, spoken(name)),
     ...asList(result.fields[name]).map((part) => element("dd", {}, ...marked(part, wanted)))]);
-  const tags = [...result.matched.map((source) => `found by ${source}`), ...matched.map((name) => `words in ${name}`)];
+  const tags = [...result.matched.map((source) => `found by ${source}`), ...matched.map((name) => `words in ${spoken(name)}`)];
   return element("li", {}, element("article", { className: "hit", tabIndex: -1, "aria-label": `Result ${result.rank}` },
     element("header", {}, element("span", { className: "rank" }, String(result.rank)),
       element("h3", {}, ...marked(titleOf(result, info), wanted)), scoreBadge(result)),
@@ -108,7 +112,7 @@ export function comparison(lists, info, counts) {
   const columns = lists.map(({ name, results, error }) => {
     if (error) return element("section", {}, element("h2", {}, name), element("p", { className: "quiet" }, error));
     const items = results.slice(0, counts).map((result) => {
-      const item = element("li", { tabIndex: 0 }, element("span", { className: "rank" }, String(result.rank)), element("span", {}, titleOf(result, info)));
+      const item = element("li", { tabIndex: 0 }, element("span", { className: "rank" }, String(result.rank)), element("span", { className: "title" }, titleOf(result, info)));
       item.dataset.id = result.id;
       if (name === lists.at(-1).name) {
         const moved = fusedRank.get(result.id) - result.rank;

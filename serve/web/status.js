@@ -1,7 +1,7 @@
 // The server's own metrics, read every two seconds: nothing is stored, the lines begin when the page is opened.
 
 import { getJson, getText } from "/web/api.js";
-import { element, svg, useTheme } from "/web/dom.js";
+import { element, milliseconds, svg, useTheme } from "/web/dom.js";
 
 const EVERY_MS = 2000;
 const KEPT = 60;
@@ -57,7 +57,7 @@ function table(head, rows) {
     element("tbody", {}, ...rows.map((row) => element("tr", {}, ...row.map(cell)))));
 }
 
-const seconds = (value) => (value === null ? "–" : value < 1 ? `${(1000 * value).toPrecision(2).replace(/e\+(\d)/, (_, power) => "0".repeat(power))} ms` : `${value.toFixed(2)} s`);
+const seconds = (value) => (value === null ? "–" : milliseconds(1000 * value));
 
 function showTiles(info, samples, now) {
   const rate = (name, labels) => (before ? (sum(samples, name, labels) - sum(before.samples, name, labels)) / ((now - before.now) / 1000) : 0);
