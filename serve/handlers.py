@@ -5,7 +5,6 @@ A handler checks, tokenises in a thread, queues a job and shapes the reply. Stat
 """
 
 import asyncio
-import base64
 import concurrent.futures
 import dataclasses
 import time
@@ -19,15 +18,13 @@ from fastapi import Request
 from jaxsearch.errors import InputError
 from jaxsearch.scoring.prefill import ScoreRequest
 from serve.batcher import Outcome
+from serve.dialects import AnyEmbedBody, AnyRerankBody, Ranked, embed_kind, rerank_kind
 from serve.engine import Engine, Job, Scored
 from serve.protocol import (
     MAX_BODY_BYTES,
     MAX_ITEMS,
-    DocumentObject,
-    EmbeddingsBody,
     PairsBody,
     RequestError,
-    RerankBody,
     ScoreBody,
     SearchBody,
     check_count,
@@ -39,7 +36,7 @@ MAX_REQUEST_TOKENS = 300_000
 POLL_SECONDS = 0.25
 """How often a waiting request looks whether its client is still there."""
 
-Reply = dict[str, Any]
+Reply = dict[str, Any] | list[Any]
 
 
 class ClientLeft(Exception):
@@ -120,48 +117,38 @@ class Service:
         return {**identity, "model": self._model, "data": data, "usage": scored.usage()}
 
     async def rerank(self, call: Call) -> Reply:
-        """`/rerank`, `/v1/rerank`, `/v2/rerank`: Cohere and Jina."""
-        check_count(call.body, "documents", self.limits.max_items)
-        body: RerankBody = call.validated(RerankBody)
+        """`/rerank`, `/v1/rerank`, `/v2/rerank`, `/v1/reranking`: whose client it is, its keys say."""
+        kind = rerank_kind(call.body)
+        check_count(call.body, kind.items_key, self.limits.max_items)
+        body: AnyRerankBody = call.validated(kind)
         self._check_model(body.model)
-        texts = [entry.text if isinstance(entry, DocumentObject) else entry for entry in body.documents]
+        texts = body.texts
         scored, truncated = await self._score_texts(call, body.query, texts)
-        probs = sigmoid(self.engine.bundle.ranker.scores(scored.logits))
-        results = []
-        for index in np.argsort(-probs, kind="stable").tolist()[: body.top_n]:
-            result = {"index": index, "relevance_score": float(probs[index]), "truncated": truncated[index]}
-            if body.return_documents:
-                result["document"] = {"text": texts[index]}
-            results.append(result)
-        return {
-            "id": f"rerank-{uuid.uuid4().hex}",
-            "object": "rerank",
-            "model": self._model,
-            "results": results,
-            "usage": scored.usage(),
-            "meta": {"api_version": {"version": "2"}, "billed_units": {"search_units": 1}},
-        }
+        raw = self.engine.bundle.ranker.scores(scored.logits)
+        probs = sigmoid(raw)
+        ranked = [
+            Ranked(index, float(probs[index]), float(raw[index]), texts[index], truncated[index])
+            for index in np.argsort(-probs, kind="stable").tolist()
+        ]
+        return body.reply(ranked, model=self._model, usage=scored.usage())
 
     async def embeddings(self, call: Call) -> Reply:
-        """`/v1/embeddings`: OpenAI, as floats or base64 of little-endian float32."""
-        check_count(call.body, "input", self.limits.max_items)
-        body: EmbeddingsBody = call.validated(EmbeddingsBody)
+        """`/v1/embeddings` (OpenAI, Voyage), `/v2/embed` (Cohere), `/embed` (TEI)."""
+        kind = embed_kind(call.request.url.path)
+        check_count(call.body, kind.items_key, self.limits.max_items)
+        body: AnyEmbedBody = call.validated(kind)
         self._check_model(body.model)
-        texts = [body.input] if isinstance(body.input, str) else body.input
+        texts = body.texts
         if empty := [index for index, text in enumerate(texts) if not text.strip()]:
-            raise RequestError(400, f"input.{empty[0]} is empty; give some text", param="input")
+            key = kind.items_key
+            raise RequestError(400, f"{key}.{empty[0]} is empty; give some text", param=key)
         width = self.engine.bundle.encoder.embed_dim
         if body.dimensions not in (None, width):
             raise RequestError(400, f"dimensions must be {width}, the encoder's width", param="dimensions")
-        job = await self._host(call, self.engine.embed_job, texts, body.input_type == "query")
+        job = await self._host(call, self.engine.embed_job, texts, body.is_query)
         self._check_tokens(job.tokens)
         embeds, tokens = await self._run(call, job)
-        data = [
-            {"object": "embedding", "index": index, "embedding": _encoded(row, body.encoding_format)}
-            for index, row in enumerate(embeds)
-        ]
-        usage = {"prompt_tokens": tokens, "total_tokens": tokens}
-        return {"object": "list", "data": data, "model": self._model, "usage": usage}
+        return body.reply(embeds, model=self._model, tokens=tokens)
 
     async def search(self, call: Call) -> Reply:
         """`/v1/search`: see `Searcher`."""
@@ -301,9 +288,3 @@ def softmax(logits: np.ndarray) -> np.ndarray:
     """Probabilities over the last axis."""
     powers = np.exp(logits - logits.max(axis=-1, keepdims=True))
     return powers / powers.sum(axis=-1, keepdims=True)
-
-
-def _encoded(row: np.ndarray, encoding: str | None) -> str | list[float]:
-    if encoding == "base64":
-        return base64.b64encode(row.astype("<f4").tobytes()).decode()
-    return row.tolist()

@@ -37,7 +37,7 @@ class RequestError(Exception):
         self.retry_after_seconds = retry_after_seconds
 
 
-class _Body(pydantic.BaseModel):
+class Body(pydantic.BaseModel):
     model_config = ConfigDict(strict=True, extra="allow", use_attribute_docstrings=True)
     is_ours: ClassVar[bool] = False
     """Our own clients are told of a field that nobody reads; those of others send more than we know."""
@@ -46,7 +46,7 @@ class _Body(pydantic.BaseModel):
 Text = Annotated[str, Field(min_length=1)]
 
 
-class ScoreBody(_Body):
+class ScoreBody(Body):
     """`/v1/score`: items against one query. With `label_token_ids`, raw tokens without the ranker's prompt."""
 
     query: Text | list[int]
@@ -57,7 +57,7 @@ class ScoreBody(_Body):
     model: str | None = None
 
 
-class PairsBody(_Body):
+class PairsBody(Body):
     """`/v1/score` in vLLM's words: one text against one or many."""
 
     text_1: Text
@@ -65,32 +65,7 @@ class PairsBody(_Body):
     model: str | None = None
 
 
-class DocumentObject(_Body):
-    text: str
-
-
-class RerankBody(_Body):
-    """Cohere v1 and v2, Jina."""
-
-    query: Text
-    documents: list[str | DocumentObject]
-    top_n: Annotated[int, Field(ge=1)] | None = None
-    return_documents: bool | None = None
-    model: str | None = None
-
-
-class EmbeddingsBody(_Body):
-    """OpenAI; `input_type` "query" puts the encoder's instruction before each text."""
-
-    input: str | list[str]
-    encoding_format: Literal["float", "base64"] | None = None
-    dimensions: int | None = None
-    input_type: Literal["query", "document"] | None = None
-    user: str | None = None
-    model: str | None = None
-
-
-class RetrieveOptions(_Body):
+class RetrieveOptions(Body):
     """Where candidates come from."""
 
     sources: list[Literal["embedding", "bm25"]] = ["embedding", "bm25"]
@@ -99,7 +74,7 @@ class RetrieveOptions(_Body):
     """Candidates of each source, and of all together."""
 
 
-class RankOptions(_Body):
+class RankOptions(Body):
     """What orders them."""
 
     depth: Annotated[int, Field(ge=0, le=MAX_DEPTH)] = 20
@@ -108,7 +83,7 @@ class RankOptions(_Body):
     objective: dict[str, float] = {"relevance": 1.0}
 
 
-class SearchBody(_Body):
+class SearchBody(Body):
     """`/v1/search`, ours: retrieve, then rank."""
 
     is_ours: ClassVar[bool] = True
@@ -132,7 +107,7 @@ class SearchBody(_Body):
     timeout_ms: Annotated[float, Field(gt=0)] | None = None
 
 
-BodyType = TypeVar("BodyType", bound=_Body)
+BodyType = TypeVar("BodyType", bound=Body)
 
 
 def parse(raw: bytes) -> dict[str, Any]:
@@ -189,10 +164,12 @@ def validate(
 
 
 def error_body(error: RequestError, *, dialect: str, request_id: str) -> dict[str, Any]:
-    """The error as the path's clients expect it: "openai" for embeddings, "rerank" for all others."""
+    """The error as the path's clients expect it: "openai" for embeddings, "tei" for /embed, "rerank" for all others."""
     kind = "server_error" if error.status >= 500 else "invalid_request_error"
     if error.status in (429, 503):
         kind = "overloaded_error"
+    if dialect == "tei":
+        return {"error": error.message, "error_type": kind}
     if dialect == "openai":
         return {"error": {"message": error.message, "type": kind, "param": error.param, "code": error.code}}
     return {
@@ -206,14 +183,14 @@ def error_body(error: RequestError, *, dialect: str, request_id: str) -> dict[st
     }
 
 
-def _unknown_fields(model: _Body, prefix: str = "") -> dict[str, list[str]]:
+def _unknown_fields(model: Body, prefix: str = "") -> dict[str, list[str]]:
     """Given fields that the model does not have, each with those that it could have been."""
     known = list(type(model).model_fields)
     extra = model.model_extra or {}
     unknown = {prefix + name: known for name, value in extra.items() if value is not None}
     for field in known:
         value = getattr(model, field)
-        if isinstance(value, _Body):
+        if isinstance(value, Body):
             unknown |= _unknown_fields(value, f"{prefix}{field}.")
     return unknown
 

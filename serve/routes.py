@@ -22,14 +22,21 @@ from starlette.exceptions import HTTPException
 
 from jaxsearch.errors import InputError
 from serve.batcher import DeadlineExceeded, QueueFull, Stopped
+from serve.dialects import (
+    CohereEmbedBody,
+    EmbeddingsBody,
+    MixedbreadRerankBody,
+    RerankBody,
+    TeiEmbedBody,
+    TeiRerankBody,
+    VoyageRerankBody,
+)
 from serve.engine import Engine
 from serve.handlers import Call, ClientLeft, Limits, Reply, Service
 from serve.pages import add_pages
 from serve.protocol import (
-    EmbeddingsBody,
     PairsBody,
     RequestError,
-    RerankBody,
     ScoreBody,
     SearchBody,
     error_body,
@@ -40,6 +47,7 @@ from serve.protocol import (
 LARGE_BODY_BYTES = 256 * 1024
 """Bodies above this are parsed in a thread."""
 STARTING_SECONDS = 5
+RERANK_BODIES = (RerankBody, VoyageRerankBody, MixedbreadRerankBody, TeiRerankBody)
 SCHEMA_PLACE = "#/components/schemas/{model}"
 
 log = logging.getLogger("jaxsearch.serve")
@@ -66,13 +74,14 @@ async def _answer(
         for stage, seconds in call.seconds.items():
             service.engine.telemetry.stage_seconds.labels(stage).observe(seconds)
         timings = {stage: round(1000 * seconds, 3) for stage, seconds in call.seconds.items()}
-        reply = {"timings_ms": timings, **reply, "warnings": call.warnings}
+        if isinstance(reply, dict):  # some clients expect a bare list
+            reply = {"timings_ms": timings, **reply, "warnings": call.warnings}
         status, content = 200, to_json(reply)
     except ClientLeft:
         status, content = 499, b""
     except Exception as error:  # every failure is told in the dialect of the path, and the server lives on
         refusal = _as_request_error(error, request_id)
-        dialect = "openai" if path.endswith("/embeddings") else "rerank"
+        dialect = "openai" if path.endswith("/embeddings") else "tei" if path == "/embed" else "rerank"
         status = refusal.status
         content = to_json(error_body(refusal, dialect=dialect, request_id=request_id))
         if refusal.retry_after_seconds is not None:
@@ -159,9 +168,11 @@ def create_app(
     )
     posts = [
         (service.search, ("/v1/search",), (SearchBody,)),
-        (service.rerank, ("/v1/rerank", "/v2/rerank", "/rerank", "/v1/reranking"), (RerankBody,)),
+        (service.rerank, ("/v1/rerank", "/v2/rerank", "/rerank", "/v1/reranking"), RERANK_BODIES),
         (service.score, ("/v1/score", "/score"), (ScoreBody, PairsBody)),
         (service.embeddings, ("/v1/embeddings", "/embeddings"), (EmbeddingsBody,)),
+        (service.embeddings, ("/v2/embed",), (CohereEmbedBody,)),
+        (service.embeddings, ("/embed",), (TeiEmbedBody,)),
     ]
     for handler, paths, bodies in posts:
         for path in paths:
