@@ -229,6 +229,10 @@ def test_launcher_writes_the_table_of_every_system(parts, tmp_path, capsys):
     assert (tmp_path / "report.md").read_text().startswith("# jobs: test queries")
     assert _png_size(tmp_path / "report.png")[0] > 500
     assert "report.png" in capsys.readouterr().out
+    page = (tmp_path / "report.html").read_text()
+    assert all(f"<td>{system}</td>" in page for system in [*systems, "judge"])
+    assert f"Queries that {FUSED} ranks best and worst" in page
+    assert 'src="http' not in page
     console = rich.console.Console(file=io.StringIO(), width=100)
     console.print(report.compact(stated))
     rows = {line.split()[0]: line.split() for line in console.file.getvalue().splitlines() if line.strip()}

@@ -51,6 +51,7 @@ OWNERS = {
     "ir_measures": ("jaxsearch.metrics",),
     "lmdb": (),
     "matplotlib": ("train.plots",),
+    "jinja2": ("train.report_html",),
     "orjson": ("serve",),
     "prometheus_client": ("serve",),
     "psutil": ("train", "serve"),

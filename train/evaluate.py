@@ -5,7 +5,8 @@
 Systems: `bm25` (a row for every view; `bm25:<view>` one of them), `minilm` (as it comes), `encoder`, `judge`, `ranker`,
 `ranker+encoder` (weight fitted on validation queries), and further rankers by name. Judge and rankers reorder the first
 stage's best `depth` documents; the rest keeps its order below. The judge, being slow, grades a fixed subset of the
-queries, which every system repeats. Writes report.json, report.md and report.png.
+queries, which every system repeats. Writes report.html (with the training's curves and sample queries), report.json,
+report.md and report.png.
 """
 
 import dataclasses
@@ -36,6 +37,7 @@ from train.inputs import check_view, load_data, load_retriever, offline_scorer
 from train.label import label_pairs
 from train.options import progress, run
 from train.ranker import rerank
+from train.report_html import Shown, training_curves, write_html
 
 FUSED = "ranker+encoder"
 QUERIES_AT_ONCE = 4
@@ -95,6 +97,7 @@ class Stage:
         self.vertical = vertical
         self.document_ids = list(collection.documents)
         self._encoders: dict[str, tuple[TextEncoder, ExactIndex]] = {}
+        self.judged: Run = {}
         self._rankers: dict[str, tuple[TextRanker, PrefillScorer]] = {}
 
     def texts(self, view: str) -> list[str]:
@@ -147,6 +150,7 @@ class Stage:
             return graded
 
         graded = in_parts(candidates, "judge", grade)
+        self.judged = graded
         kappa = kappa_interval(
             predicted_grade(np.array([label.grade_probs for label in labels])),
             [self.collection.grade(label.query_id, label.document_id) for label in labels],
@@ -329,6 +333,18 @@ def notes_of(
     return notes
 
 
+def folders_of(config: EvaluateConfig) -> dict[str, Path]:
+    """Work folders of the trainings whose models are compared, as far as they are there."""
+    models = {"judge": config.judge, "encoder": config.encoder, "ranker": config.ranker}
+    models |= {name: folder for name, _, folder in (entry.partition("=") for entry in config.other_rankers)}
+    return {name: Path(model).parent for name, model in models.items() if Path(model).name == "model"}
+
+
+def shown_system(runs: dict[str, Run]) -> str:
+    """The system whose queries the report shows: the last stage that there is."""
+    return next((name for name in (FUSED, "ranker", "encoder") if name in runs), next(iter(runs)))
+
+
 def main(config: EvaluateConfig, workdir: Path) -> None:
     collection, vertical = load_data(config, view=config.view)
     config = resolved(config, collection, vertical)
@@ -350,13 +366,19 @@ def main(config: EvaluateConfig, workdir: Path) -> None:
         footer=f"Dots: mean; bars: 95 % bootstrap interval over queries; dashed: {config.baseline}. "
         f"{collection.notice}",
     )  # fmt: skip
+    write_html(
+        workdir / "report.html", title, groups, notes,
+        picture=workdir / "report.png", curves=training_curves(folders_of(config)),
+        shown=Shown(shown_system(runs), runs[shown_system(runs)], stage.judged, config.view),
+        collection=collection, vertical=vertical,
+    )  # fmt: skip
     console = rich.console.Console()
     for group in groups:
         for table in report.to_rich(group):
             console.print(table)
     for note in notes:
         console.print(f"· {note}", highlight=False)
-    console.print(f"written: {workdir}/report.json, report.md, report.png", highlight=False)
+    console.print(f"written: {workdir}/report.html, report.json, report.md, report.png", highlight=False)
 
 
 if __name__ == "__main__":

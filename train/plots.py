@@ -1,7 +1,8 @@
-"""The report as a picture: dots and whiskers per system."""
+"""Pictures: dots and whiskers per system, and the curves of a training."""
 
+import io
 import textwrap
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -63,3 +64,28 @@ def _draw_panel(axis: Any, group: GroupResult, column: str, *, baseline: str, ha
     axis.spines["bottom"].set_color("0.8")
     count = result.num_queries[HEADLINE]
     axis.set_title(f"{column} documents, {count} queries with grades", loc="left", fontsize=8.5, color="0.4")
+
+
+def curves(records: Sequence[Mapping[str, float]]) -> str:
+    """SVG of a training: its loss, and beside it what was evaluated on the way."""
+    import matplotlib
+    from matplotlib.figure import Figure
+
+    names = sorted({name for record in records for name in record if name.startswith("evaluate/")})
+    panels = ["loss", *names]
+    figure = Figure(figsize=(3.8 * len(panels), 2.6), layout="constrained")
+    for axis, name in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True):
+        points = [(record["step"], record[name]) for record in records if name in record]
+        axis.plot(
+            *zip(*points, strict=True), color="#1d4ed8", marker="o" if len(points) < 20 else "", markersize=4
+        )
+        axis.set_title(name.removeprefix("evaluate/"), loc="left", fontsize=9)
+        axis.set_xlabel("step", fontsize=8, color="0.35")
+        axis.grid(color="0.92", linewidth=0.8)
+        axis.tick_params(length=0, labelsize=8)
+        axis.spines[["top", "right"]].set_visible(False)
+    out = io.StringIO()
+    with matplotlib.rc_context({"svg.fonttype": "none"}):  # text stays text
+        figure.savefig(out, format="svg", metadata={"Date": None})
+    text = out.getvalue()
+    return text[text.index("<svg") :]
