@@ -112,7 +112,7 @@ def code_of(path: Path) -> str:
     """What a file tells people to type: code in Markdown, docstrings in Python, all of a Makefile."""
     text = path.read_text(encoding="utf-8")
     if path.suffix == ".md":
-        return "\n".join(match.strip("`") for match in CODE.findall(text))
+        return "\n".join(match.strip("`").rstrip() for match in CODE.findall(text))
     if path.suffix != ".py":
         return text
     kinds = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
