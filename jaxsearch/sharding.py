@@ -11,7 +11,9 @@ from collections.abc import Mapping
 from typing import Any
 
 import jax
+import numpy as np
 from flax import nnx
+from jax.experimental import multihost_utils
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
 from jaxsearch.errors import InputError
@@ -114,8 +116,18 @@ def batch_sharding(mesh: AnyMesh, *, microbatched: bool = False) -> NamedShardin
 
 
 def on_one_device(arrays: Any) -> Any:
-    """A pytree's arrays on this process's first device, for programs that were compiled for one; no copy if there."""
+    """A pytree's arrays on this process's first device, for programs that were compiled for one; no copy if there.
+
+    What lies on several processes is gathered: all of them must ask for it.
+    """
+    if any(isinstance(leaf, jax.Array) and not leaf.is_fully_addressable for leaf in jax.tree.leaves(arrays)):
+        arrays = multihost_utils.process_allgather(arrays, tiled=True)
     return jax.device_put(arrays, jax.local_devices()[0])
+
+
+def put_batch(array: np.ndarray, sharding: NamedSharding) -> jax.Array:
+    """A batch that every process has whole, each of its devices getting its own rows."""
+    return jax.make_array_from_callback(array.shape, sharding, lambda index: array[index])
 
 
 def replicated(mesh: AnyMesh) -> NamedSharding:

@@ -33,6 +33,7 @@ from jaxsearch.errors import InputError
 from jaxsearch.files import read_object, write_json
 from train.config import CountOrNone
 from train.options import run
+from train.processes import run_child
 from train.report import compact
 
 READY_SECONDS = 300
@@ -117,7 +118,7 @@ def run_stage(
     console.rule(f"[bold]{stage.name}[/] · {stage.says}", align="left")
     console.print(f"[dim]python {' '.join(command)}[/]", highlight=False, soft_wrap=True)
     started = time.monotonic()
-    status = _run_here([sys.executable, *command])
+    status = run_child([sys.executable, *command])
     if status:
         raise InputError(
             f"stage {stage.name} failed (exit {status}); mend what it says above, then repeat the command"
@@ -129,17 +130,6 @@ def run_stage(
     seconds = time.monotonic() - started
     write_json(marker, {"config": identity, "seconds": round(seconds, 1)})
     return identity, seconds
-
-
-def _run_here(command: list[str]) -> int:
-    """The exit status of a command; a SIGTERM meanwhile is passed on to it, so that it can save and stop."""
-    process = subprocess.Popen(command)
-    previous = signal.signal(signal.SIGTERM, lambda *_: process.terminate())
-    try:
-        return process.wait()
-    finally:
-        signal.signal(signal.SIGTERM, previous)
-        process.wait()
 
 
 @contextlib.contextmanager

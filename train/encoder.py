@@ -36,6 +36,7 @@ from train.config import Bound, Count
 from train.inputs import load_data, mine, origin, validate
 from train.loop import LoopConfig, OptimizerConfig, fit
 from train.options import run, say
+from train.processes import leave_to_main
 from train.workdir import claim
 
 
@@ -190,6 +191,7 @@ def main(config: EncoderConfig, workdir: Path) -> None:
         else:
             nnx.update(encoder, best)
             text_encoder.use_weights(encoder)
+    leave_to_main()
     trained = {
         **origin(config.backbone, collection),
         "steps": steps,

@@ -44,6 +44,7 @@ from train.inputs import (
 )
 from train.loop import LoopConfig, OptimizerConfig, fit
 from train.options import run, say
+from train.processes import leave_to_main
 from train.workdir import claim
 
 CHECK_RANDOM_SHARE = 0.5
@@ -196,6 +197,7 @@ def main(config: JudgeConfig, workdir: Path) -> None:
         workdir=workdir,
         trainable=LoRAParam,
     )
+    leave_to_main()
     merge_lora(decoder)
     report = {
         split: agreement(judge, *sample(split, config.check_queries, CHECK_RANDOM_SHARE))

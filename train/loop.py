@@ -28,6 +28,7 @@ from jaxsearch.checkpoints import Restored, TrainCheckpoints
 from jaxsearch.errors import InputError
 from train.config import Count, CountOrNone
 from train.options import EXIT_INTERRUPTED, progress
+from train.processes import agree, is_main
 from train.step import TOKENS, LossFn, MeshConfig, OptimizerConfig, TrainStep
 
 Batches = Callable[[int], Iterator[Any]]
@@ -96,7 +97,7 @@ def fit(
         KeyboardInterrupt: a second SIGINT; nothing is saved.
     """
     workdir = Path(workdir)
-    console = console or rich.console.Console(stderr=True)
+    console = console or rich.console.Console(stderr=True, quiet=not is_main())
 
     def say(text: str) -> None:
         console.print(text, highlight=False, markup=False, soft_wrap=True)
@@ -127,7 +128,8 @@ def fit(
             with progress("training", loop.num_steps, done=run.step, console=console) as advance:
                 while run.step < loop.num_steps:
                     run.take(next(steps, None), advance)
-                    if termination.signal is not None:
+                    termination.decide(run.step, loop.log_every)
+                    if termination.signal is not None and termination.is_decided:
                         run.save()
                         store.wait()
                         saved = store.latest_step()
@@ -279,6 +281,7 @@ class _Termination:
 
     def __init__(self):
         self.signal: signal.Signals | None = None
+        self.is_decided = False
         self._previous: dict[signal.Signals, Any] = {}
         self._is_main = threading.current_thread() is threading.main_thread()
 
@@ -291,6 +294,13 @@ class _Termination:
     def __exit__(self, *_) -> None:
         for number, handler in self._previous.items():
             signal.signal(number, handler)
+
+    def decide(self, step: int, every: int) -> None:
+        """Several processes stop at one step: they ask each other every few steps whether any was told to stop."""
+        if jax.process_count() == 1:
+            self.is_decided = True
+        elif _is_due(step, every) and (found := agree(self.signal or 0)):
+            self.signal, self.is_decided = signal.Signals(found), True
 
     def _note(self, number: int, _: Any) -> None:
         if number == signal.SIGINT and self.signal is not None:
@@ -316,6 +326,8 @@ class _Journal:
 
     def start(self, step: int) -> None:
         """Opens the files after `step`; lines that a killed run wrote beyond it are dropped, as they come again."""
+        if not is_main():
+            return
         self._workdir.mkdir(parents=True, exist_ok=True)
         path = self._workdir / "metrics.jsonl"
         if path.exists():
@@ -331,6 +343,8 @@ class _Journal:
         self._board = SummaryWriter(str(self._workdir / "tensorboard"), purge_step=step + 1)
 
     def write(self, step: int, metrics: Mapping[str, float]) -> None:
+        if self._file is None:
+            return
         self._file.write(json.dumps({"step": step, **metrics}) + "\n")
         self._file.flush()
         if self._board is not None:

@@ -24,6 +24,7 @@ import rich.progress
 from jaxsearch.data.assets import cache_dir
 from jaxsearch.errors import InputError
 from train.config import check, describe, field_lines, load_config, override
+from train.processes import is_main, join, supervise
 from train.workdir import alone
 
 EXIT_INPUT_ERROR = 2
@@ -56,10 +57,13 @@ def run(
         if arguments.print_config:
             print("\n".join(f"{key}={value}" for key, value in describe(config).items()))
             return
+        if arguments.coordinator:
+            supervise()
+            join(arguments.coordinator, arguments.num_processes, arguments.process_id)
         variant = "-quick" if arguments.quick else ""
         workdir = Path(arguments.workdir or Path("work") / f"{Path(arguments.config).stem}{variant}")
         prepare(workdir)
-        with alone(workdir):
+        with alone(workdir) if is_main() else contextlib.nullcontext():
             main(config, workdir)
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)
@@ -117,13 +121,22 @@ def _parser(
         parser.add_argument(
             "--skip-bad-lines", action="store_true", help="short for --set skip_bad_lines=true"
         )
+    parser.add_argument(
+        "--coordinator",
+        metavar="HOST:PORT",
+        help="several processes train as one: the address of process 0, or auto on SLURM and TPU pods",
+    )
+    parser.add_argument(
+        "--num-processes", type=int, metavar="N", help="with --coordinator: how many there are"
+    )
+    parser.add_argument("--process-id", type=int, metavar="I", help="with --coordinator: which one this is")
     parser.add_argument("--print-config", action="store_true", help="print the config and stop")
     return parser
 
 
 def say(text: str) -> None:
     """A line for the person at the keyboard, on standard output."""
-    rich.console.Console().print(text, highlight=False, markup=False, soft_wrap=True)
+    rich.console.Console(quiet=not is_main()).print(text, highlight=False, markup=False, soft_wrap=True)
 
 
 @contextlib.contextmanager
@@ -139,7 +152,7 @@ def progress(
 
     `text` stands beside the bar (a loss, a speed) until the next one.
     """
-    console = console or rich.console.Console(stderr=True)
+    console = console or rich.console.Console(stderr=True, quiet=not is_main())
     if not console.is_terminal:
         yield _line_reporter(description, total, done, console, silent_seconds)
         return

@@ -40,6 +40,7 @@ from train.inputs import load_base, load_data, load_retriever, mine, offline_sco
 from train.label import Label, read_labels
 from train.loop import LoopConfig, OptimizerConfig, fit
 from train.options import run, say
+from train.processes import leave_to_main
 from train.workdir import claim
 
 ITEMS_PER_ROW = 3
@@ -266,6 +267,7 @@ def main(config: RankerConfig, workdir: Path) -> None:
         trainable=is_trained(config.use_frozen_embeddings),
         evaluate=evaluate,
     )
+    leave_to_main()
     report: dict[str, Any] = {
         "validation": evaluate(ranker.ranker),
         "retriever": evaluate.retriever_metrics,

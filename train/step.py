@@ -24,8 +24,10 @@ from jaxsearch.sharding import (
     batch_ways,
     flatten_state,
     make_mesh,
+    on_one_device,
     param_axes,
     param_shardings,
+    put_batch,
     replicated,
     unflatten_state,
 )
@@ -129,11 +131,12 @@ class TrainStep:
         self._rest = jax.device_put(flatten_state(rest), rest_shardings)
         everywhere = replicated(self.mesh)
         self.shardings = self._state_shardings(param_shardings(params, self.mesh), everywhere)
+        self._batch_sharding = batch_sharding(self.mesh, microbatched=True)
         self._step = jax.jit(
             self._take,
             static_argnums=3,
             donate_argnums=0,
-            in_shardings=(self.shardings, rest_shardings, batch_sharding(self.mesh, microbatched=True)),
+            in_shardings=(self.shardings, rest_shardings, self._batch_sharding),
             out_shardings=(self.shardings, everywhere),
         )
 
@@ -160,18 +163,24 @@ class TrainStep:
             InputError: the batch cannot be cut into microbatches and over the devices.
         """
         leaves, structure = jax.tree.flatten(batch)
-        return self._step(state, self._rest, self._cut(leaves), structure)
+        cut: Sequence[Any] = self._cut(leaves)
+        if jax.process_count() > 1:
+            cut = [put_batch(leaf, self._batch_sharding) for leaf in cut]
+        return self._step(state, self._rest, cut, structure)
 
     def model(self, state: State) -> Any:
         """The module with the state's parameters; it dies with the state."""
         return self._merge(state["params"], self._rest)
 
     def update(self, model: nnx.Module, state: State) -> None:
-        """Puts the state's parameters into the module, in place."""
+        """Puts the state's parameters into the module, in place; of several processes, each gets them whole."""
+        params, rest = state["params"], self._rest
+        if jax.process_count() > 1:
+            params, rest = on_one_device(params), on_one_device(rest)
         nnx.update(
             model,
-            unflatten_state(self._params_like, state["params"]),
-            unflatten_state(self._rest_like, self._rest),
+            unflatten_state(self._params_like, params),
+            unflatten_state(self._rest_like, rest),
         )
 
     def _state_shardings(self, params: dict[str, Any], everywhere: Any) -> State:

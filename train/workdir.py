@@ -9,6 +9,7 @@ from typing import Any
 from jaxsearch.errors import InputError
 from jaxsearch.files import read_object, write_json
 from train.config import describe
+from train.processes import is_main
 
 FREE_KEYS = (
     "log_every",
@@ -50,6 +51,8 @@ def claim(workdir: Path, config: Any, **made_from: str | int) -> None:
     Raises:
         InputError: the folder's run differs; the keys that do are named.
     """
+    if not is_main():
+        return
     values = {
         key: str(value) for key, value in describe(config).items() if key.split(".")[-1] not in FREE_KEYS
     }
