@@ -21,6 +21,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import orbax.checkpoint as ocp
+from jax.experimental import multihost_utils
 from jax.typing import DTypeLike
 from orbax.checkpoint.checkpoint_managers import preservation_policy
 
@@ -210,14 +211,17 @@ class TrainCheckpoints:
         self._say(
             f"checkpoint {path} cannot be used ({reason[:200]}); now {aside.name}, trying the one before it"
         )
-        if path.exists():
+        if jax.process_index() == 0 and path.exists():
             shutil.rmtree(aside, ignore_errors=True)
             path.rename(aside)
+        if jax.process_count() > 1:
+            multihost_utils.sync_global_devices(f"set aside {step}")
         self._manager.reload()
 
     def _report_failure(self, error: Exception) -> None:
-        for half_written in self.directory.glob("*.orbax-checkpoint-tmp*"):
-            shutil.rmtree(half_written, ignore_errors=True)
+        if jax.process_count() == 1:  # others may still be writing theirs
+            for half_written in self.directory.glob("*.orbax-checkpoint-tmp*"):
+                shutil.rmtree(half_written, ignore_errors=True)
         reason = next(iter(str(error).splitlines()), "") or type(error).__name__
         self._say(
             f"a checkpoint could not be written to {self.directory} ({reason[:200]}); the run goes on without it"

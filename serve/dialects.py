@@ -1,7 +1,7 @@
 """The bodies and replies of other services' clients, so that they can talk to this server unchanged.
 
-A body is told by its keys: TEI says `texts`, Mixedbread `input`, Voyage `top_k` or `truncation`; Cohere and Jina are
-the rest. What is common to all, and how bodies are checked, is in `protocol`.
+A rerank body is told by its keys: TEI says `texts`, Mixedbread `input`, Voyage `top_k` or `truncation`; Cohere and Jina
+are the rest. What is common to all, and how bodies are checked, is in `protocol`.
 """
 
 import base64
@@ -13,7 +13,7 @@ from typing import Annotated, Any, ClassVar, Literal
 import numpy as np
 from pydantic import Field
 
-from serve.protocol import Body, RequestError, Text
+from serve.protocol import Body, Text
 
 TopN = Annotated[int, Field(ge=1)]
 
@@ -182,9 +182,9 @@ class CohereEmbedBody(Body):
     items_key: ClassVar[str] = "texts"
     texts: list[str]
     input_type: str | None = None
-    embedding_types: list[str] | None = None
+    embedding_types: list[Literal["float", "base64"]] | None = None
     truncate: str | None = None
-    dimensions: None = None
+    dimensions: int | None = None
     model: str | None = None
 
     @property
@@ -193,9 +193,6 @@ class CohereEmbedBody(Body):
 
     def reply(self, embeds: np.ndarray, *, model: str, tokens: int) -> Any:
         kinds = self.embedding_types or ["float"]
-        if wrong := sorted({*kinds} - {"float", "base64"}):
-            message = f"embedding_types {wrong[0]!r} is not offered; use float or base64"
-            raise RequestError(400, message, param="embedding_types")
         return {
             "id": f"embed-{uuid.uuid4().hex}",
             "embeddings": {kind: [_encoded(row, kind) for row in embeds] for kind in kinds},
@@ -210,11 +207,12 @@ class TeiEmbedBody(Body):
 
     items_key: ClassVar[str] = "inputs"
     inputs: str | list[str]
-    normalize: bool | None = None
+    normalize: Literal[True] | None = None
+    """Vectors have length 1 here."""
     truncate: bool | None = None
     truncation_direction: str | None = None
     prompt_name: Literal["query", "document"] | None = None
-    dimensions: None = None
+    dimensions: int | None = None
     model: str | None = None
 
     @property
@@ -226,8 +224,6 @@ class TeiEmbedBody(Body):
         return self.prompt_name == "query"
 
     def reply(self, embeds: np.ndarray, *, model: str, tokens: int) -> Any:
-        if self.normalize is False:
-            raise RequestError(400, "normalize must be true: vectors have length 1 here", param="normalize")
         return embeds.tolist()
 
 

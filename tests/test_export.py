@@ -50,6 +50,12 @@ def test_an_index_of_other_data_is_refused(made, tmp_path):
         export.main(config, tmp_path)
 
 
+def test_a_report_of_another_launcher_is_refused_at_once(made, tmp_path):
+    (tmp_path / "report.json").write_text('{"validation": {}}')
+    with pytest.raises(InputError, match=r"is not a report of train\.evaluate"):
+        export.main(export.ExportConfig(report=str(tmp_path / "report.json"), **made), tmp_path)
+
+
 def test_an_unknown_lexical_view_is_refused_before_any_work(made, tmp_path):
     with pytest.raises(InputError, match="no view 'long'"):
         export.main(export.ExportConfig(lexical_view="long", **made), tmp_path)

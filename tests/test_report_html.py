@@ -54,7 +54,8 @@ def test_curves_are_drawn_for_every_training_that_is_there(tmp_path):
     records = [{"step": 1, "loss": 2.0}, {"step": 2, "loss": 1.5}, {"step": 2, "evaluate/ndcg@10": 0.5}]
     for name in ("round-0", "round-1"):
         (tmp_path / name).mkdir()
-        (tmp_path / name / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in records))
+        text = "".join(json.dumps(row) + "\n" for row in records)
+        (tmp_path / name / "metrics.jsonl").write_text(text + '{"step": 3, "lo')  # still being written
     found = training_curves({"encoder": tmp_path, "judge": tmp_path / "nothing"})
     assert [curve["name"] for curve in found] == ["encoder, round-0", "encoder, round-1"]
     drawn = plots.curves(records)

@@ -205,4 +205,4 @@ def main(config: EncoderConfig, workdir: Path) -> None:
 
 
 if __name__ == "__main__":
-    run(main, EncoderConfig)
+    run(main, EncoderConfig, can_be_several=True)

@@ -9,6 +9,7 @@ and `report.json`; serve it with `python -m serve.main --bundle work/demo/export
 
 import dataclasses
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -126,7 +127,16 @@ def choose_triples(
     return triples
 
 
+def load_report(path: str) -> dict[str, Any]:
+    """What train.evaluate wrote, empty without a path. Raises: InputError for a report of another launcher."""
+    report = read_object(path, hint="run train.evaluate, or leave report empty") if path else {}
+    if path and not report.get("groups"):
+        raise InputError(f"{path} is not a report of train.evaluate: give that one, or leave report empty")
+    return report
+
+
 def main(config: ExportConfig, workdir: Path) -> None:
+    report = load_report(config.report)
     collection, vertical = load_data(
         config,
         needs=("validation",) if config.calibration_queries else (),
@@ -152,7 +162,6 @@ def main(config: ExportConfig, workdir: Path) -> None:
         )
         scores = rerank(ranker, scorer, collection, vertical, candidates)
         calibration, facts = calibrate(scores, collection, threshold=vertical.relevant_threshold)
-    report = read_object(config.report) if config.report else {}
     texts = [vertical.document_text(collection.documents[key], ranker.view) for key in index.ids]
     card = CardFacts(
         name=name,
@@ -162,6 +171,9 @@ def main(config: ExportConfig, workdir: Path) -> None:
         calibration=facts,
         speed=measure_speed(ranker, scorer, queries[0].text if queries else "a", texts),
         report=report,
+    )
+    triples = choose_triples(
+        queries, collection, vertical, view=ranker.view, count=config.known_answers, seed=config.seed
     )
     bundle = write_bundle(
         workdir / "bundle",
@@ -175,9 +187,7 @@ def main(config: ExportConfig, workdir: Path) -> None:
         num_item_buckets=config.num_item_buckets,
         max_batch_tokens=config.max_batch_tokens,
         calibration=calibration,
-        triples=choose_triples(
-            queries, collection, vertical, view=ranker.view, count=config.known_answers, seed=config.seed
-        ),
+        triples=triples,
         model_card=model_card(card),
         quality=quality_rows(report) if report else [],
     )
@@ -189,9 +199,9 @@ def main(config: ExportConfig, workdir: Path) -> None:
     error = f" (error {facts['held_out_error']} on held-out queries)" if "held_out_error" in facts else ""
     fitted = f"calibrated on {facts['num_queries']} queries{error}" if facts else "not calibrated"
     say(f"{bundle}: {size / 1e6:.0f} MB, {answers} known answers, {fitted}")
-    if not answers:
+    if triples and not answers:
         say(
-            "no known answer: the server's self-test will check nothing; this ranker orders no graded pair rightly"
+            "no known answer: this ranker orders no tried pair rightly, the server's self-test will check nothing"
         )
     say(f"serve it: python -m serve.main --bundle {bundle}")
 

@@ -217,4 +217,4 @@ def main(config: JudgeConfig, workdir: Path) -> None:
 
 
 if __name__ == "__main__":
-    run(main, JudgeConfig)
+    run(main, JudgeConfig, can_be_several=True)

@@ -128,7 +128,7 @@ def fit(
             with progress("training", loop.num_steps, done=run.step, console=console) as advance:
                 while run.step < loop.num_steps:
                     run.take(next(steps, None), advance)
-                    termination.decide(run.step, loop.log_every)
+                    termination.decide(run.step, loop.log_every, loop.num_steps)
                     if termination.signal is not None and termination.is_decided:
                         run.save()
                         store.wait()
@@ -295,11 +295,11 @@ class _Termination:
         for number, handler in self._previous.items():
             signal.signal(number, handler)
 
-    def decide(self, step: int, every: int) -> None:
+    def decide(self, step: int, every: int, last: int) -> None:
         """Several processes stop at one step: they ask each other every few steps whether any was told to stop."""
         if jax.process_count() == 1:
             self.is_decided = True
-        elif _is_due(step, every) and (found := agree(self.signal or 0)):
+        elif (_is_due(step, every) or step == last) and (found := agree(self.signal or 0)):
             self.signal, self.is_decided = signal.Signals(found), True
 
     def _note(self, number: int, _: Any) -> None:

@@ -36,6 +36,7 @@ def run(
     config_type: type,
     *,
     default_config: str | None = None,
+    can_be_several: bool = False,
     argv: Sequence[str] | None = None,
 ) -> None:
     """Parses the command line, then calls `main(config, workdir)` and exits if that fails.
@@ -44,11 +45,12 @@ def run(
         main: the launcher; `workdir` exists when it is called.
         config_type: the frozen dataclass that the config file's functions return.
         default_config: path of the config used where `--config` is not given (None: it must be given).
+        can_be_several: several processes may run it as one (`--coordinator`).
         argv: arguments without the program's name; None takes them from the process.
     Exit codes: 2 for `InputError` and a wrong command line, 130 after Ctrl-C; SystemExit passes through.
     """
     module = inspect.getmodule(main)
-    arguments = _parser(config_type, default_config, module).parse_args(argv)
+    arguments = _parser(config_type, default_config, module, can_be_several).parse_args(argv)
     try:
         config = load_config(arguments.config, quick=arguments.quick, config_type=config_type)
         skip = ["skip_bad_lines=true"] if getattr(arguments, "skip_bad_lines", False) else []
@@ -57,7 +59,7 @@ def run(
         if arguments.print_config:
             print("\n".join(f"{key}={value}" for key, value in describe(config).items()))
             return
-        if arguments.coordinator:
+        if can_be_several and arguments.coordinator:
             supervise()
             join(arguments.coordinator, arguments.num_processes, arguments.process_id)
         variant = "-quick" if arguments.quick else ""
@@ -96,7 +98,7 @@ def prepare(workdir: Path) -> None:
 
 
 def _parser(
-    config_type: type, default_config: str | None, module: types.ModuleType | None
+    config_type: type, default_config: str | None, module: types.ModuleType | None, can_be_several: bool
 ) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog=f"python -m train.{Path(module.__file__ or '').stem}" if module else None,
@@ -121,15 +123,18 @@ def _parser(
         parser.add_argument(
             "--skip-bad-lines", action="store_true", help="short for --set skip_bad_lines=true"
         )
-    parser.add_argument(
-        "--coordinator",
-        metavar="HOST:PORT",
-        help="several processes train as one: the address of process 0, or auto on SLURM and TPU pods",
-    )
-    parser.add_argument(
-        "--num-processes", type=int, metavar="N", help="with --coordinator: how many there are"
-    )
-    parser.add_argument("--process-id", type=int, metavar="I", help="with --coordinator: which one this is")
+    if can_be_several:
+        parser.add_argument(
+            "--coordinator",
+            metavar="HOST:PORT",
+            help="several processes train as one: the address of process 0, or auto on SLURM and TPU pods",
+        )
+        parser.add_argument(
+            "--num-processes", type=int, metavar="N", help="with --coordinator: how many there are"
+        )
+        parser.add_argument(
+            "--process-id", type=int, metavar="I", help="with --coordinator: which one this is"
+        )
     parser.add_argument("--print-config", action="store_true", help="print the config and stop")
     return parser
 

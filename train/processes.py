@@ -17,6 +17,8 @@ from jax.experimental import multihost_utils
 
 from jaxsearch.errors import InputError
 
+SHUTDOWN_SECONDS = 24 * 3600
+"""How long processes that are done wait for process 0, which still evaluates and writes."""
 HEARTBEAT_SECONDS = 30
 """After this long without a sign of life a process counts as dead, and the others stop."""
 
@@ -49,7 +51,7 @@ def supervise() -> None:
     if status == -signal.SIGABRT:
         raise InputError(
             "another process of this training died or cannot be reached: start all of them again, the training goes on "
-            "from its last checkpoint"
+            "from its last checkpoint (if it was this process itself that failed, its reason stands above)"
         )
     raise SystemExit(status if status >= 0 else 128 - status)
 
@@ -69,6 +71,7 @@ def join(coordinator: str, num_processes: int | None, process_id: int | None) ->
             num_processes=num_processes,
             process_id=process_id,
             heartbeat_timeout_seconds=HEARTBEAT_SECONDS,
+            shutdown_timeout_seconds=SHUTDOWN_SECONDS,
         )
     except (RuntimeError, ValueError) as error:
         reason = next(iter(str(error).splitlines()), "")

@@ -288,4 +288,4 @@ def main(config: RankerConfig, workdir: Path) -> None:
 
 
 if __name__ == "__main__":
-    run(main, RankerConfig)
+    run(main, RankerConfig, can_be_several=True)

@@ -1,9 +1,10 @@
 """The report as one HTML file that asks no other host: tables, curves, best and worst queries with their grades."""
 
 import base64
+import contextlib
 import dataclasses
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -69,12 +70,19 @@ def training_curves(folders: Mapping[str, Path]) -> list[dict[str, Any]]:
     curves = []
     for name, folder in folders.items():
         for path in sorted(folder.glob("**/metrics.jsonl")):
-            records = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+            records = list(_records(path))
             if records:
                 part = path.parent.relative_to(folder).as_posix()
                 title = name if part == "." else f"{name}, {part}"
                 curves.append({"name": title, "picture": plots.curves(records)})
     return curves
+
+
+def _records(path: Path) -> Iterator[dict[str, Any]]:
+    """The lines that are whole: a training may be writing the last one."""
+    for line in path.read_text(encoding="utf-8").splitlines():
+        with contextlib.suppress(ValueError):
+            yield json.loads(line)
 
 
 def write_html(

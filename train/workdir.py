@@ -31,12 +31,20 @@ def alone(workdir: Path) -> Iterator[None]:
     Raises:
         InputError: another process holds it.
     """
-    with (workdir / ".lock").open("w") as handle:
+    try:
+        handle = (workdir / ".lock").open("w")
+    except OSError as error:
+        raise InputError(f"--workdir {workdir}: cannot be written to ({error.strerror})") from None
+    with handle:
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise InputError(
                 f"another process works in {workdir}: wait until it is done, or choose another --workdir"
+            ) from None
+        except OSError as error:
+            raise InputError(
+                f"--workdir {workdir}: its file system has no locks ({error.strerror}); choose another"
             ) from None
         yield
 
@@ -75,6 +83,8 @@ BOOKKEEPING = ("run.json", ".lock", "metrics.jsonl", "labels.json")
 
 def _is_begun(workdir: Path) -> bool:
     return any(
-        path.is_file() and path.name not in BOOKKEEPING and "tensorboard" not in path.parts
+        path.is_file()
+        and path.name not in BOOKKEEPING
+        and "tensorboard" not in path.relative_to(workdir).parts
         for path in workdir.rglob("*")
     )

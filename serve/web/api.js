@@ -9,14 +9,14 @@ export class ApiError extends Error {
 }
 
 async function request(path, options) {
-  let response;
+  let response, text;
   try {
     response = await fetch(path, options);
+    text = await response.text();
   } catch (error) {
     if (error.name === "AbortError") throw error;
     throw new ApiError("The server cannot be reached. Is it still running?", { retrySeconds: 3 });
   }
-  const text = await response.text();
   if (response.ok) return text;
   let message = `${response.status} ${response.statusText}`;
   try {

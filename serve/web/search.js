@@ -127,7 +127,7 @@ async function run() {
       else showRanked(await search(requestBody(), controller.signal));
     } finally {
       clearTimeout(waiting);
-      results.ariaBusy = "false";
+      if (running === controller) results.ariaBusy = "false";
     }
   } catch (error) {
     if (error.name === "AbortError") return;
@@ -165,7 +165,9 @@ function readAddress() {
   state.query = address.get("q") ?? "";
   state.mode = address.get("mode") === "compare" ? "compare" : "ranked";
   try {
-    state.filters = JSON.parse(address.get("filters") ?? "{}") ?? {};
+    const given = Object.entries(JSON.parse(address.get("filters") ?? "{}") ?? {});
+    state.filters = Object.fromEntries(given.filter(([, wanted]) => wanted && typeof wanted === "object"
+      && (Array.isArray(wanted.in) || typeof wanted.gte === "number" || typeof wanted.lte === "number")));
   } catch {
     state.filters = {};
   }

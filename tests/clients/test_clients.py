@@ -73,7 +73,7 @@ def test_cohere_embeds(address, embeds):
         model=MODEL, texts=TEXTS, input_type="search_document", embedding_types=["float", "base64"]
     )
     np.testing.assert_allclose(reply.embeddings.float_, embeds, atol=1e-6)
-    with pytest.raises(cohere.errors.BadRequestError, match="use float or base64"):
+    with pytest.raises(cohere.errors.BadRequestError, match=r"embedding_types.*float.*base64"):
         client.embed(model=MODEL, texts=TEXTS, input_type="search_document", embedding_types=["int8"])
 
 
