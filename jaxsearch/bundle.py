@@ -26,7 +26,7 @@ from jaxsearch.data.records import Document
 from jaxsearch.data.verticals import Vertical, load_vertical
 from jaxsearch.encoder import TextEncoder, load_encoder
 from jaxsearch.errors import InputError
-from jaxsearch.files import read_json, read_object, replace_folder, sha256_hex
+from jaxsearch.files import read_json, read_object, replace_folder, sha256_hex, write_json
 from jaxsearch.ranker import TextRanker, load_ranker
 from jaxsearch.retrieval.exact import ExactIndex
 from jaxsearch.scoring.prefill import PrefillScorer, ScoreRequest
@@ -188,8 +188,8 @@ def write_bundle(
         if calibration is not None:
             calibration.save(part / "calibration.json")
         answers = known_answers(ranker, plan, triples)
-        _write_json(part / "quality.json", list(quality))
-        _write_json(part / "selftest.json", [dataclasses.asdict(answer) for answer in answers])
+        write_json(part / "quality.json", list(quality))
+        write_json(part / "selftest.json", [dataclasses.asdict(answer) for answer in answers])
         (part / "MODEL_CARD.md").write_text(model_card, encoding="utf-8")
         _write_manifest(part, name, encoder, ranker, plan, lexical_view)
         replace_folder(part, directory)
@@ -217,7 +217,7 @@ def _write_manifest(
         "plan": dataclasses.asdict(plan),
         "files": files,
     }
-    _write_json(part / MANIFEST, manifest)
+    write_json(part / MANIFEST, manifest)
 
 
 def load_bundle(directory: str | Path) -> Bundle:
@@ -322,7 +322,3 @@ def _files(directory: Path) -> list[str]:
     """Every file below, manifest excepted, as relative paths with forward slashes."""
     paths = (path.relative_to(directory).as_posix() for path in directory.rglob("*") if path.is_file())
     return sorted(path for path in paths if path != MANIFEST)
-
-
-def _write_json(path: Path, value: Any) -> None:
-    path.write_text(json.dumps(value, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")

@@ -27,7 +27,7 @@ from orbax.checkpoint.checkpoint_managers import preservation_policy
 
 from jaxsearch.data.tokenizer import Tokenizer
 from jaxsearch.errors import InputError
-from jaxsearch.files import read_object, replace_folder
+from jaxsearch.files import read_object, replace_folder, write_json
 from jaxsearch.nn.bert import Bert
 from jaxsearch.nn.convert import load_pretrained, save_pretrained
 from jaxsearch.nn.transformer import Decoder
@@ -256,8 +256,8 @@ def save_model(
         temporary.chmod(0o755)
         save_pretrained(model, temporary)
         tokenizer.save(temporary)
-        _write_card(temporary, card)
-        _write_card(temporary, {**card, "version": model_version(temporary)})
+        write_json(temporary / CARD, dict(card))
+        write_json(temporary / CARD, {**card, "version": model_version(temporary)})
         replace_folder(temporary, directory)
     except OSError as error:
         raise InputError(f"cannot write the model folder {directory}: {error.strerror or error}") from error
@@ -338,11 +338,6 @@ def _file_digest(path: str, size_bytes: int, modified_ns: int) -> bytes:
 def read_card(path: Path) -> dict[str, Any]:
     """A model folder's card; empty where it has none."""
     return read_object(path / CARD) if (path / CARD).is_file() else {}
-
-
-def _write_card(directory: Path, card: Mapping[str, Any]) -> None:
-    text = json.dumps(dict(card), indent=2, ensure_ascii=False, allow_nan=False)
-    (directory / CARD).write_text(text + "\n", encoding="utf-8")
 
 
 def _named(arrays: Any) -> dict[str, jax.Array]:

@@ -75,8 +75,8 @@ class VoyageRerankBody(RerankBody):
     """Voyage: `top_k`; documents come back as texts, and the list is called `data`."""
 
     top_k: TopN | None = None
-    truncation: bool | None = None
-    """Texts are always cut to the model's limit; `false` asks for a refusal, which is not offered."""
+    truncation: Literal[True] | None = None
+    """Texts are always cut to the model's limit, at their end."""
 
     def reply(self, ranked: Sequence[Ranked], *, model: str, usage: dict[str, Any]) -> Any:
         kept = ranked[: self.top_k or self.top_n]
@@ -124,8 +124,8 @@ class TeiRerankBody(Body):
     texts: list[str]
     raw_scores: bool | None = None
     return_text: bool | None = None
-    truncate: bool | None = None
-    truncation_direction: str | None = None
+    truncate: Literal[True] | None = None
+    truncation_direction: Literal["Right"] | None = None
     model: str | None = None
 
     def reply(self, ranked: Sequence[Ranked], *, model: str, usage: dict[str, Any]) -> Any:
@@ -161,7 +161,7 @@ class EmbeddingsBody(Body):
 
     @property
     def texts(self) -> list[str]:
-        return [self.input] if isinstance(self.input, str) else self.input
+        return _listed(self.input)
 
     @property
     def is_query(self) -> bool:
@@ -183,7 +183,7 @@ class CohereEmbedBody(Body):
     texts: list[str]
     input_type: str | None = None
     embedding_types: list[Literal["float", "base64"]] | None = None
-    truncate: str | None = None
+    truncate: Literal["END"] | None = None
     dimensions: int | None = None
     model: str | None = None
 
@@ -209,15 +209,15 @@ class TeiEmbedBody(Body):
     inputs: str | list[str]
     normalize: Literal[True] | None = None
     """Vectors have length 1 here."""
-    truncate: bool | None = None
-    truncation_direction: str | None = None
+    truncate: Literal[True] | None = None
+    truncation_direction: Literal["Right"] | None = None
     prompt_name: Literal["query", "document"] | None = None
     dimensions: int | None = None
     model: str | None = None
 
     @property
     def texts(self) -> list[str]:
-        return [self.inputs] if isinstance(self.inputs, str) else self.inputs
+        return _listed(self.inputs)
 
     @property
     def is_query(self) -> bool:
@@ -233,6 +233,10 @@ AnyEmbedBody = EmbeddingsBody | CohereEmbedBody | TeiEmbedBody
 def embed_kind(path: str) -> type[AnyEmbedBody]:
     """Which dialect a path speaks."""
     return {"/v2/embed": CohereEmbedBody, "/embed": TeiEmbedBody}.get(path, EmbeddingsBody)
+
+
+def _listed(texts: str | list[str]) -> list[str]:
+    return [texts] if isinstance(texts, str) else texts
 
 
 def _encoded(row: np.ndarray, encoding: str | None) -> str | list[float]:

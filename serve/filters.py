@@ -44,9 +44,8 @@ class Column:
         about: dict[str, Any] = {"name": self.name, "kind": self.kind, "is_facet": False}
         if self.kind == "number":
             return about | {"least": float(np.nanmin(self._numbers)), "most": float(np.nanmax(self._numbers))}
-        num_values = len(self._rows)
-        is_facet = 1 < num_values <= min(MAX_FACET_VALUES, int(self.exists.sum()) // 2)
-        return about | {"is_facet": is_facet, "num_values": num_values}
+        most = min(MAX_FACET_VALUES, int(self.exists.sum()) // 2)
+        return about | {"is_facet": 1 < len(self._rows) <= most}
 
     def equal_to(self, value: Any) -> Bool[np.ndarray, "c"]:
         """Documents whose value is `value`; a list field counts when one of its entries is."""
@@ -85,14 +84,12 @@ class Columns:
         self._columns = {
             name: Column(name, [document.fields.get(name) for document in documents]) for name in names
         }
+        self.described = [self._columns[name].described() for name in self.names]
+        """Per field its name, its kind, and what a page needs to offer it as a filter."""
 
     @property
     def names(self) -> list[str]:
         return sorted(self._columns)
-
-    def described(self) -> list[dict[str, Any]]:
-        """Per field its name, its kind, and what a page needs to offer it as a filter."""
-        return [self._columns[name].described() for name in self.names]
 
     def column(self, name: Any, *, where: str) -> Column:
         """The column of a field. Raises: InputError that names the known fields."""

@@ -5,8 +5,9 @@ security policy holds them to that.
 """
 
 from pathlib import Path
+from typing import Any
 
-from fastapi import FastAPI
+from fastapi import FastAPI, Response
 from fastapi.responses import FileResponse
 from fastapi.staticfiles import StaticFiles
 
@@ -23,7 +24,16 @@ def add_pages(app: FastAPI) -> None:
     """Adds the pages, and their scripts and styles under `/web`."""
     for path, file in PAGES.items():
         _add_page(app, path, FOLDER / file)
-    app.mount("/web", StaticFiles(directory=FOLDER), name="web")
+    app.mount("/web", _WebFiles(directory=FOLDER), name="web")
+
+
+class _WebFiles(StaticFiles):
+    """With the pages' headers: after an upgrade no browser mixes old scripts with new pages."""
+
+    def file_response(self, *arguments: Any, **options: Any) -> Response:
+        response = super().file_response(*arguments, **options)
+        response.headers.update(HEADERS)
+        return response
 
 
 def _add_page(app: FastAPI, path: str, file: Path) -> None:

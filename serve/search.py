@@ -73,7 +73,7 @@ class Searcher:
     @property
     def columns(self) -> list[dict[str, Any]]:
         """The same fields with their kinds and what they can be filtered by."""
-        return self._columns.described()
+        return self._columns.described
 
     async def search(self, body: SearchBody, run: RunJob) -> dict[str, Any]:
         """The reply to one search.

@@ -82,6 +82,20 @@ def test_rerank_top_n_nulls_and_unknown_fields(server, path):
     assert "rank_fields" in strict.json()["message"]
 
 
+def test_rerank_as_mixedbread_and_tei_say_it(server, bundle, scorer):
+    raw = ranker_scores(bundle, scorer, "bread", TEXTS)
+    order, probs = np.argsort(-raw).tolist(), 1 / (1 + np.exp(-raw))
+    body = {"query": "bread", "input": TEXTS, "top_k": 2, "return_input": True}
+    reply = server.post("/v1/reranking", json=body).json()
+    assert [(row["index"], row["input"]) for row in reply["data"]] == [(i, TEXTS[i]) for i in order[:2]]
+    assert [row["score"] for row in reply["data"]] == pytest.approx(probs[order[:2]].tolist(), abs=1e-5)
+    listed = server.post("/rerank", json={"query": "bread", "texts": TEXTS, "raw_scores": True}).json()
+    assert [row["index"] for row in listed] == order
+    assert [row["score"] for row in listed] == pytest.approx(raw[order].tolist(), abs=1e-5)
+    refused = server.post("/rerank", json={"query": "bread", "texts": TEXTS, "truncate": False})
+    assert (refused.status_code, "truncate" in refused.json()["message"]) == (400, True)
+
+
 def test_score_with_the_rankers_prompt_in_two_dialects(server, bundle, scorer):
     expected = ranker_scores(bundle, scorer, "bread", TEXTS)
     ours = server.post("/v1/score", json={"query": "bread", "items": TEXTS}).json()

@@ -4,8 +4,6 @@ Every number comes from the stages' own reports or is measured when the bundle i
 """
 
 import dataclasses
-import statistics
-import time
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -15,6 +13,7 @@ from jaxsearch.data.records import Collection
 from jaxsearch.data.verticals import Vertical
 from jaxsearch.ranker import TextRanker
 from jaxsearch.scoring.prefill import PrefillScorer, ScoreRequest
+from train.gpu_suite import spread, timed
 from train.report import quality_rows
 
 SPEED_ITEMS = 50
@@ -38,20 +37,14 @@ class CardFacts:
 def measure_speed(
     ranker: TextRanker, scorer: PrefillScorer, query: str, texts: Sequence[str]
 ) -> dict[str, Any]:
-    """Items a second of one request with `SPEED_ITEMS` documents, on this machine: median, least and most."""
+    """Items a second of one request with `SPEED_ITEMS` documents, on this machine, with their spread."""
     prompt = ranker.request(query, list(texts)[:SPEED_ITEMS])
     request = ScoreRequest(prompt.prefix, prompt.items)
-    scorer.score([request])
-    seconds = []
-    for _ in range(SPEED_REPEATS):
-        begun = time.perf_counter()
-        scorer.score([request])
-        seconds.append(time.perf_counter() - begun)
-    rates = [len(prompt.items) / value for value in seconds]
+    rates = spread(
+        [len(prompt.items) / seconds for seconds in timed(lambda: scorer.score([request]), SPEED_REPEATS)]
+    )
     return {
-        "items_per_second": round(statistics.median(rates), 1),
-        "least": round(min(rates), 1),
-        "most": round(max(rates), 1),
+        **{f"items_per_second {name}": round(rate, 1) for name, rate in rates.items()},
         "items": len(prompt.items),
         "tokens_per_item": round(sum(map(len, prompt.items)) / len(prompt.items), 1),
         "device": jax.devices()[0].device_kind,

@@ -128,7 +128,7 @@ def _fits(value: Any, hint: Any) -> bool:
 
 
 def _line_of(error: Exception, path: Path) -> str:
-    """ ":12", where the config file is the reason."""
+    """A colon and the line, where the config file is the reason."""
     if isinstance(error, SyntaxError):
         return f":{error.lineno}" if error.filename == str(path) else ""
     frames = [frame for frame in traceback.extract_tb(error.__traceback__) if frame.filename == str(path)]

@@ -229,7 +229,7 @@ def main(config: PipelineConfig, workdir: Path) -> None:
     if report.exists():
         console.print(compact(read_object(report)))
         console.print(
-            f"the whole of it: {report.with_suffix('.md')}, {report.with_suffix('.png')}", highlight=False
+            f"the whole of it: {report.with_suffix('.html')}, {report.with_suffix('.md')}", highlight=False
         )
     if answer is not None:
         show_answer(console, config.question, answer)

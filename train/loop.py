@@ -128,16 +128,15 @@ def fit(
             with progress("training", loop.num_steps, done=run.step, console=console) as advance:
                 while run.step < loop.num_steps:
                     run.take(next(steps, None), advance)
-                    termination.decide(run.step, loop.log_every, loop.num_steps)
-                    if termination.signal is not None and termination.is_decided:
+                    if stop := termination.due(run.step, loop):
                         run.save()
                         store.wait()
                         saved = store.latest_step()
                         say(
-                            f"{termination.signal.name}: stopped after step {run.step}; the same command goes on from "
+                            f"{stop.name}: stopped after step {run.step}; the same command goes on from "
                             + ("the start" if saved is None else f"step {saved}, saved in {store.directory}")
                         )
-                        raise SystemExit(0 if termination.signal is signal.SIGTERM else EXIT_INTERRUPTED)
+                        raise SystemExit(0 if stop is signal.SIGTERM else EXIT_INTERRUPTED)
         return run.finish(model, say)
 
 
@@ -281,7 +280,6 @@ class _Termination:
 
     def __init__(self):
         self.signal: signal.Signals | None = None
-        self.is_decided = False
         self._previous: dict[signal.Signals, Any] = {}
         self._is_main = threading.current_thread() is threading.main_thread()
 
@@ -295,12 +293,13 @@ class _Termination:
         for number, handler in self._previous.items():
             signal.signal(number, handler)
 
-    def decide(self, step: int, every: int, last: int) -> None:
-        """Several processes stop at one step: they ask each other every few steps whether any was told to stop."""
-        if jax.process_count() == 1:
-            self.is_decided = True
-        elif (_is_due(step, every) or step == last) and (found := agree(self.signal or 0)):
-            self.signal, self.is_decided = signal.Signals(found), True
+    def due(self, step: int, loop: LoopConfig) -> signal.Signals | None:
+        """The signal to stop for after this step; several processes ask each other, every `log_every` steps."""
+        if jax.process_count() > 1:
+            is_asked = _is_due(step, loop.log_every) or step == loop.num_steps
+            found = agree(self.signal or 0) if is_asked else 0
+            return signal.Signals(found) if found else None
+        return self.signal
 
     def _note(self, number: int, _: Any) -> None:
         if number == signal.SIGINT and self.signal is not None:

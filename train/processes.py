@@ -21,8 +21,6 @@ SHUTDOWN_SECONDS = 24 * 3600
 """How long processes that are done wait for process 0, which still evaluates and writes."""
 HEARTBEAT_SECONDS = 30
 """After this long without a sign of life a process counts as dead, and the others stop."""
-
-
 CHILD = "JAXSEARCH_SUPERVISED"
 """Set for the process that a supervisor has started."""
 
@@ -93,6 +91,4 @@ def leave_to_main() -> None:
 
 def agree(number: int) -> int:
     """The largest of the processes' numbers; all of them must ask at the same step."""
-    if jax.process_count() == 1:
-        return number
     return int(np.max(multihost_utils.process_allgather(np.asarray(number, np.int32))))

@@ -122,6 +122,7 @@ def test_the_keyboard_is_enough(page):
     page.keyboard.press("Escape")
     page.keyboard.press("c")
     expect(page.locator(".compare")).to_be_visible()
+    assert "mode=compare" in page.url
 
 
 def test_errors_say_what_to_do(page):
@@ -164,13 +165,19 @@ def test_status_shows_the_servers_own_metrics(page):
     expect(page.locator(".tile").filter(has_text="Compilations after ready").locator("strong")).to_have_text(
         "0"
     )
-    expect(page.locator("#requests")).to_contain_text("/v1/search")
+    counted = page.locator("#requests").get_by_role("row").filter(has_text="/v1/search").locator("td")
+    expect(counted.nth(1)).to_have_text("200")
+    asked = page.request.get("/metrics").text()
+    assert f'requests_total{{path="/v1/search",status="200"}} {counted.nth(2).inner_text()}.0' in asked
     expect(page.locator("#stages").get_by_role("row").filter(has_text="rank")).to_be_visible()
 
 
 def test_the_api_page_works_without_the_internet(page):
     page.goto("/docs")
     expect(page.get_by_text("/v1/search")).to_be_visible()
+    assert (
+        page.evaluate("typeof SwaggerUIBundle") == "function"
+    )  # the page's own copy: none is fetched elsewhere
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
