@@ -43,27 +43,39 @@ class Encoder(nnx.Module):
         """Unit vectors in float32. A row without any real token gives a zero vector."""
         hidden = self.backbone(tokens, where=where)
         if self.pooling == "last":
-            pooled = last_hidden(hidden, where).astype(jnp.float32)
-        else:
-            weights = where.astype(jnp.float32)
-            total = jnp.einsum("btd,bt->bd", hidden.astype(jnp.float32), weights)
-            pooled = total / jnp.maximum(weights.sum(axis=-1, keepdims=True), 1.0)
-        return pooled * jax.lax.rsqrt(jnp.maximum((pooled**2).sum(axis=-1, keepdims=True), 1e-12))
+            return _unit(last_hidden(hidden, where).astype(jnp.float32))
+        weights = where.astype(jnp.float32)
+        total = jnp.einsum("btd,bt->bd", hidden.astype(jnp.float32), weights)
+        return _unit(total / jnp.maximum(weights.sum(axis=-1, keepdims=True), 1.0))
+
+    def packed(
+        self, tokens: Int[Array, "r t"], segment_ids: Int[Array, "r t"], ends: Int[Array, "n"]
+    ) -> Float[Array, "n e"]:
+        """The same vectors for n texts that `data.batches.pack_tokens` has put one after another into r rows."""
+        hidden = self.backbone(tokens, where=segment_ids > 0, segment_ids=segment_ids)
+        states = hidden.reshape(-1, hidden.shape[-1]).astype(jnp.float32)
+        if self.pooling == "last":
+            return _unit(states[ends])
+        flat, most = segment_ids.reshape(-1), ends.shape[0] + 1
+        total = jax.ops.segment_sum(states, flat, num_segments=most)[1:]
+        sizes = jax.ops.segment_sum(jnp.ones(flat.shape, jnp.float32), flat, num_segments=most)[1:]
+        return _unit(total / jnp.maximum(sizes[:, None], 1.0))
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class EncoderBatch:
-    """q queries with m documents each, n = q * m in all; `place[q, 0]` is the positive.
+    """q queries with m documents each, n = q * m in all, a query's first document its positive.
 
-    Documents come in groups of like length, as (tokens, where); `place` says where each stands in their
-    concatenation, `allowed` (see `data.batches.allowed_in_batch`) which of the n may stand against a query.
+    Queries and then documents stand in rows as `data.batches.pack_tokens` puts one list there: `segment_ids` from 1
+    (0: padding), `ends` the places of their last tokens in the rows put end to end. `allowed` (see
+    `data.batches.allowed_in_batch`) says which of the n may stand against a query.
     """
 
-    query_tokens: Int[Any, "q t"]
-    query_where: Bool[Any, "q t"]
-    documents: tuple[tuple[Int[Any, "_ _"], Bool[Any, "_ _"]], ...]
-    place: Int[Any, "q m"]
+    tokens: Int[Any, "r t"]
+    segment_ids: Int[Any, "r t"]
+    query_ends: Int[Any, "q"]
+    document_ends: Int[Any, "q m"]
     allowed: Bool[Any, "q n"]
 
 
@@ -79,10 +91,10 @@ class EncoderLoss:
     margin_weight: float = 0.2
 
     def __call__(self, encoder: Encoder, batch: EncoderBatch):
-        num_queries, per_query = batch.place.shape
-        queries = encoder(batch.query_tokens, batch.query_where)
-        embeds = jnp.concatenate([encoder(tokens, where) for tokens, where in batch.documents])
-        flat = embeds[batch.place.reshape(-1)]  # [q*m, e]
+        num_queries, per_query = batch.document_ends.shape
+        ends = jnp.concatenate([batch.query_ends, batch.document_ends.reshape(-1)])
+        embeds = encoder.packed(batch.tokens, batch.segment_ids, ends)
+        queries, flat = embeds[:num_queries], embeds[num_queries:]  # [q e], [q*m e]
         positive_index = jnp.arange(num_queries, dtype=jnp.int32) * per_query
         contrastive = losses.info_nce(
             queries, flat, positive_index, temperature=self.temperature, where=batch.allowed
@@ -92,14 +104,17 @@ class EncoderLoss:
         margins = losses.margin_loss(positives, negatives, margin=self.margin).mean(axis=-1)
         hits = (positives > negatives).all(axis=-1)
         count = jnp.asarray(num_queries, jnp.float32)
-        tokens = batch.query_where.sum() + sum(where.sum() for _, where in batch.documents)
         metrics = {
             "info_nce": contrastive.mean(),
             "margin": margins.mean(),
             "own_accuracy": hits.mean(dtype=jnp.float32),
-            "tokens": tokens.astype(jnp.float32),
+            **losses.token_counts(batch.segment_ids > 0),
         }
         return (contrastive + self.margin_weight * margins).sum(), count, metrics
+
+
+def _unit(vectors: Float[Array, "b e"]) -> Float[Array, "b e"]:
+    return vectors * jax.lax.rsqrt(jnp.maximum((vectors**2).sum(axis=-1, keepdims=True), 1e-12))
 
 
 class TextEncoder:

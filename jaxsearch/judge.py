@@ -13,44 +13,50 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Float, Int
 
 from jaxsearch import checkpoints, losses
 from jaxsearch.data.prompts import PromptEncoder, PromptTokens
 from jaxsearch.data.records import MAX_GRADE, NUM_GRADES
 from jaxsearch.data.tokenizer import Tokenizer
-from jaxsearch.nn.transformer import Decoder, last_hidden
+from jaxsearch.nn.transformer import Decoder, at_ends
 
 GRADES = tuple(str(grade) for grade in range(NUM_GRADES))
 
 
 class Judge(nnx.Module):
-    """Prompt tokens to the logits of the five grade tokens."""
+    """Prompt tokens to the logits of the five grade tokens, read at each pair's last token."""
 
     def __init__(self, decoder: Decoder, *, grade_ids: tuple[int, ...]):
         self.decoder = decoder
         self.grade_ids = grade_ids
 
     def __call__(
-        self, policy_tokens: Int[Array, "p"], tokens: Int[Array, "b t"], where: Bool[Array, "b t"]
-    ) -> Float[Array, "b 5"]:
-        """Float32 grade logits of b pairs that share one policy prefix."""
+        self,
+        policy_tokens: Int[Array, "p"],
+        tokens: Int[Array, "g r t"],
+        segment_ids: Int[Array, "g r t"],
+        ends: Int[Array, "g c"],
+    ) -> Float[Array, "g c 5"]:
+        """Float32 grade logits of g * c pairs that share one policy prefix. The arguments are those of `JudgeBatch`."""
         policy_where = jnp.ones((1, policy_tokens.shape[0]), bool)
         _, prefix = self.decoder.prefill(policy_tokens[None], policy_where)
-        hidden = self.decoder.attend_prefix(tokens[None], where[None], prefix)
-        return self.decoder.logits(last_hidden(hidden, where[None]), jnp.asarray(self.grade_ids, jnp.int32))[
-            0
-        ]
+        groups, rows, length = tokens.shape
+        flat, ids = (array.reshape(1, groups * rows, length) for array in (tokens, segment_ids))
+        hidden = self.decoder.attend_prefix(flat, ids > 0, prefix, segment_ids=ids)
+        answers = at_ends(hidden.reshape(groups, rows, length, -1), ends)
+        return self.decoder.logits(answers, jnp.asarray(self.grade_ids, jnp.int32))
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class JudgeBatch:
-    """b pairs with the distribution over grades that the judge should give."""
+    """g groups of c pairs, packed as `data.batches.pack_tokens` does; the distributions that the judge should give."""
 
-    tokens: Int[Any, "b t"]
-    where: Bool[Any, "b t"]
-    targets: Float[Any, "b 5"]
+    tokens: Int[Any, "g r t"]
+    segment_ids: Int[Any, "g r t"]
+    ends: Int[Any, "g c"]
+    targets: Float[Any, "g c 5"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,13 +66,14 @@ class JudgeLoss:
     policy_tokens: tuple[int, ...]
 
     def __call__(self, judge: Judge, batch: JudgeBatch):
-        logits = judge(jnp.asarray(self.policy_tokens, jnp.int32), batch.tokens, batch.where)
+        policy = jnp.asarray(self.policy_tokens, jnp.int32)
+        logits = judge(policy, batch.tokens, batch.segment_ids, batch.ends)
         loss = losses.soft_cross_entropy(logits, batch.targets)
         agree = logits.argmax(axis=-1) == batch.targets.argmax(axis=-1)
-        count = jnp.asarray(logits.shape[0], jnp.float32)
+        count = jnp.asarray(agree.size, jnp.float32)
         metrics = {
             "accuracy": agree.mean(dtype=jnp.float32),
-            "tokens": (batch.where.sum() + len(self.policy_tokens)).astype(jnp.float32),
+            **losses.token_counts(jnp.ones(policy.shape, bool), batch.segment_ids > 0),
         }
         return loss.sum(), count, metrics
 

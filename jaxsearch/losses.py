@@ -3,6 +3,7 @@
 Each function returns unreduced float32 values in nats, takes `where=` (True = counts), and gives a masked
 entry the value 0 and a finite zero gradient whatever the masked inputs hold. The trainer divides by the
 number of entries that count. Models, batches and sampling are elsewhere; ranking metrics are in `metrics`.
+`token_counts` is no loss: it says how full a batch is.
 """
 
 import jax
@@ -255,3 +256,20 @@ def pairwise_logistic(
     losses = jax.nn.softplus(logits[..., None, :] - logits[..., :, None])
     count = jnp.sum(is_pair, axis=(-2, -1)).astype(jnp.float32)
     return jnp.sum(jnp.where(is_pair, losses, 0.0), axis=(-2, -1)) / jnp.maximum(count, 1.0)
+
+
+def token_counts(*where: Bool[Array, "..."]) -> dict[str, Float[Array, ""]]:
+    """The metrics "tokens" and "slots" of a loss: real tokens, and places for tokens, in all the arrays together.
+
+    Example: half of four places hold a token.
+
+    >>> import jax.numpy as jnp
+    >>> counts = token_counts(jnp.array([[True, False], [True, False]]))
+    >>> print(float(counts["tokens"]), float(counts["slots"]))
+    2.0 4.0
+    """
+    tokens = sum(jnp.sum(kept, dtype=jnp.float32) for kept in where)
+    return {
+        "tokens": jnp.asarray(tokens),
+        "slots": jnp.asarray(sum(kept.size for kept in where), jnp.float32),
+    }

@@ -18,7 +18,7 @@ from jaxtyping import Array, Bool, Float, Int
 from jaxsearch import checkpoints, losses
 from jaxsearch.data.prompts import PromptEncoder, PromptTokens
 from jaxsearch.data.tokenizer import Tokenizer
-from jaxsearch.nn.transformer import Decoder
+from jaxsearch.nn.transformer import Decoder, at_ends
 
 LABELS = ("Yes", "No")
 
@@ -32,40 +32,46 @@ class Ranker(nnx.Module):
 
     def __call__(
         self,
-        prefix_tokens: Int[Array, "q p"],
-        prefix_where: Bool[Array, "q p"],
-        item_tokens: Int[Array, "q r t"],
-        segment_ids: Int[Array, "q r t"],
-        ends: Int[Array, "q c"],
-    ) -> Float[Array, "q c"]:
+        prefix_tokens: Int[Array, "g p"],
+        prefix_ids: Int[Array, "g p"],
+        item_tokens: Int[Array, "g r t"],
+        segment_ids: Int[Array, "g r t"],
+        ends: Int[Array, "g q c"],
+    ) -> Float[Array, "g q c"]:
         """Float32 logits. The arguments are those of `RankerBatch`."""
-        _, prefix = self.decoder.prefill(prefix_tokens, prefix_where)
-        hidden = self.decoder.attend_prefix(item_tokens, segment_ids > 0, prefix, segment_ids=segment_ids)
-        rows = hidden.reshape(hidden.shape[0], -1, hidden.shape[-1])  # [q (r t) d]
-        answers = jnp.take_along_axis(rows, ends[..., None], axis=1)
-        logits = self.decoder.logits(answers, jnp.asarray(self.label_ids, jnp.int32))
+        _, prefix = self.decoder.prefill(prefix_tokens, prefix_ids > 0, segment_ids=prefix_ids)
+        per_query = ends.shape[-1]
+        hidden = self.decoder.attend_prefix(
+            item_tokens,
+            segment_ids > 0,
+            prefix,
+            segment_ids=segment_ids,
+            prefix_ids=(segment_ids + per_query - 1) // per_query,
+        )
+        logits = self.decoder.logits(at_ends(hidden, ends), jnp.asarray(self.label_ids, jnp.int32))
         return logits[..., 0] - logits[..., 1]
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class RankerBatch:
-    """q queries with c candidates each; every label has its own `where`, so that any may be missing.
+    """g groups of q queries with c candidates each; every label has its own `where`, so that any may be missing.
 
-    A query's candidates stand one after another in its r rows, told apart by `segment_ids` (0: padding); `ends` are
-    the places of their last tokens in the rows put end to end, any place for a candidate that is missing.
+    A group's prefixes stand one after another in one row, told apart by `prefix_ids` (1 for the first query; 0:
+    padding). Its candidates stand so in r rows, told apart by `segment_ids` (1 to c for the first query, and so on);
+    `ends` are the places of their last tokens in the rows put end to end, any place for one that is missing.
     `teacher` is the judge's soft label in [0, 1]; `gold` is the human or derived grade divided by 4.
     """
 
-    prefix_tokens: Int[Any, "q p"]
-    prefix_where: Bool[Any, "q p"]
-    item_tokens: Int[Any, "q r t"]
-    segment_ids: Int[Any, "q r t"]
-    ends: Int[Any, "q c"]
-    teacher: Float[Any, "q c"]
-    teacher_where: Bool[Any, "q c"]
-    gold: Float[Any, "q c"]
-    gold_where: Bool[Any, "q c"]
+    prefix_tokens: Int[Any, "g p"]
+    prefix_ids: Int[Any, "g p"]
+    item_tokens: Int[Any, "g r t"]
+    segment_ids: Int[Any, "g r t"]
+    ends: Int[Any, "g q c"]
+    teacher: Float[Any, "g q c"]
+    teacher_where: Bool[Any, "g q c"]
+    gold: Float[Any, "g q c"]
+    gold_where: Bool[Any, "g q c"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -84,7 +90,7 @@ class RankerLoss:
 
     def __call__(self, ranker: Ranker, batch: RankerBatch):
         logits = ranker(
-            batch.prefix_tokens, batch.prefix_where, batch.item_tokens, batch.segment_ids, batch.ends
+            batch.prefix_tokens, batch.prefix_ids, batch.item_tokens, batch.segment_ids, batch.ends
         )
         teacher = losses.binary_distillation(logits, batch.teacher, where=batch.teacher_where)
         gold = losses.binary_distillation(logits, batch.gold, where=batch.gold_where)
@@ -93,19 +99,18 @@ class RankerLoss:
         targets = jnp.where(use_gold, batch.gold, batch.teacher)
         gains = jnp.exp(targets / self.list_temperature)
         listwise = losses.listwise_softmax(logits, gains, where=use_gold | use_teacher)
-        count = jnp.asarray(logits.shape[0], jnp.float32)
+        count = jnp.asarray(listwise.size, jnp.float32)
         per_query = (
             self.teacher_weight * _mean(teacher, batch.teacher_where)
             + self.gold_weight * _mean(gold, batch.gold_where)
             + self.list_weight * listwise
         )
-        tokens = batch.prefix_where.sum() + (batch.segment_ids > 0).sum()
         metrics = {
             "teacher": _mean(teacher, batch.teacher_where).mean(),
             "gold": _mean(gold, batch.gold_where).mean(),
             "listwise": listwise.mean(),
             "labelled_share": batch.teacher_where.mean(dtype=jnp.float32),
-            "tokens": tokens.astype(jnp.float32),
+            **losses.token_counts(batch.prefix_ids > 0, batch.segment_ids > 0),
         }
         return per_query.sum(), count, metrics
 

@@ -60,7 +60,7 @@ def make_mesh(data: int = -1, fsdp: int = 1, tensor: int = 1) -> Mesh:
     return jax.make_mesh(tuple(sizes), MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES))
 
 
-def flatten_state(state: nnx.State) -> dict[str, jax.Array]:
+def flatten_state(state: nnx.State) -> dict[str, Any]:
     """{dotted parameter name: array} in the order in which `jax.tree` visits the state."""
     leaves, _ = jax.tree_util.tree_flatten_with_path(state)
     return {_dotted(path): leaf for path, leaf in leaves}

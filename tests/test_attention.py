@@ -112,7 +112,11 @@ def _by_concatenation(own, prefix, prefix_where, where):
 def _shared(own, prefix, prefix_where, where):
     keys, values = prefix
     return shared_prefix_attention(
-        *own, causal_mask(where), prefix_keys=keys, prefix_values=values, prefix_where=prefix_where
+        *own,
+        causal_mask(where),
+        prefix_keys=keys,
+        prefix_values=values,
+        prefix_mask=prefix_where[:, None, None],
     )
 
 

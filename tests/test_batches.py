@@ -12,11 +12,11 @@ from jaxsearch.data.batches import (
     allowed_in_batch,
     group_pairs,
     multiples,
+    pack_rows,
     pack_tokens,
-    pad_by_length,
+    packing_groups,
     pad_tokens,
     shuffled,
-    similar_length,
     step_batches,
 )
 from jaxsearch.data.records import Collection, Document, Query
@@ -63,29 +63,26 @@ def test_every_epoch_is_a_permutation_whatever_the_batch_size(size, batch, seed)
         assert sorted(stream[epoch * size : (epoch + 1) * size]) == list(range(size))
 
 
-@settings(max_examples=30)
-@given(size=st.integers(1, 40), batch=st.integers(1, 5), seed=st.integers(0, 5))
-def test_batches_of_like_length_draw_what_the_shuffled_stream_draws(size, batch, seed):
-    lengths = np.random.default_rng(seed).integers(1, 100, size)
-    plain = [shuffled(size, batch, step, seed=seed) for step in range(8)]
-    alike = [similar_length(lengths.tolist(), batch, step, seed=seed, window=4) for step in range(8)]
-    for first in (0, 4):
-        assert sorted(np.concatenate(plain[first : first + 4])) == sorted(
-            np.concatenate(alike[first : first + 4])
-        )
+@given(st.integers(1, 6), st.integers(1, 30), st.integers(1, 9))
+def test_groups_are_equal_small_and_shared_by_all(ways, per_way, most):
+    size = ways * per_way
+    groups = packing_groups(size, ways, most=most)
+    assert size % groups == 0
+    assert groups % ways == 0
+    assert size // groups <= most
 
 
-def test_batches_of_like_length_are_of_like_length():
-    lengths = np.random.default_rng(0).integers(1, 100, 64)
-    rows = [similar_length(lengths.tolist(), 4, step, seed=0, window=16) for step in range(16)]
-    assert np.mean([np.ptp(lengths[row]) for row in rows]) < 10
+def test_a_batch_that_cannot_be_cut_is_refused():
+    with pytest.raises(InputError, match="a batch of 6 cannot be cut into 4"):
+        packing_groups(6, 4)
 
 
-@given(st.lists(st.lists(st.integers(1, 99), min_size=1, max_size=12), min_size=1, max_size=9))
-def test_rows_padded_in_groups_are_found_at_their_place(rows):
-    groups, place = pad_by_length(rows, pad_id=0, lengths=(4, 8, 12))
-    kept = [tokens[i][where[i]].tolist() for tokens, where in groups for i in range(len(tokens))]
-    assert [kept[i] for i in place] == rows
+def test_packed_rows_are_full():
+    rng = np.random.default_rng(0)
+    texts = [[1] * size for size in rng.integers(8, 96, 96)]
+    tokens, segment_ids, _ = pack_rows([texts], pad_id=0, step=16, longest=96, ways=8)
+    assert tokens.shape[1] == 24
+    assert (segment_ids > 0).mean() > 0.9  # measured .93
 
 
 @given(

@@ -57,7 +57,7 @@ def test_order_matters():
 def test_scan_equals_layers_one_by_one():
     model, (tokens, where) = make(CONFIG), tokens_of(10, 4)
     graph, stacked = nnx.split(model.encoder.layer)
-    hidden = model.embeddings(tokens)
+    hidden = model.embeddings(tokens, jnp.arange(tokens.shape[1])[None])
     for index in range(CONFIG.num_layers):
         layer = nnx.merge(graph, jax.tree.map(lambda values, index=index: values[index], stacked))
         hidden = layer(hidden, where[:, None])

@@ -7,6 +7,7 @@ import pytest
 from flax import nnx
 
 from jaxsearch.data.assets import fetch
+from jaxsearch.data.batches import pack_tokens
 from jaxsearch.data.tokenizer import Tokenizer
 from jaxsearch.encoder import Encoder, EncoderBatch, EncoderLoss, TextEncoder, load_encoder, save_encoder
 from jaxsearch.errors import InputError
@@ -50,17 +51,28 @@ def test_unknown_pooling_is_refused():
 
 
 DOCUMENTS = random_tokens(6, seed=2)
-ORDER = np.array([4, 0, 5, 2, 1, 3])
+QUERIES = random_tokens(2, seed=1)
 
 
 def batch(allowed):
-    """Two queries with three documents each, which stand in two groups and in another order."""
-    queries, documents = random_tokens(2, seed=1), DOCUMENTS[ORDER]
-    groups = tuple((jnp.asarray(part), jnp.ones(part.shape, bool)) for part in (documents[:4], documents[4:]))
-    place = jnp.asarray(np.argsort(ORDER).reshape(2, 3), jnp.int32)
+    """Two queries with three documents each, packed into three rows."""
+    texts = [*QUERIES.tolist(), *DOCUMENTS.tolist()]
+    tokens, segment_ids, ends = map(jnp.asarray, pack_tokens([texts], rows=3, pad_id=0, lengths=(24,)))
     return EncoderBatch(
-        jnp.asarray(queries), jnp.ones(queries.shape, bool), groups, place, jnp.asarray(allowed)
+        tokens[0], segment_ids[0], ends[0, :2], ends[0, 2:].reshape(2, 3), jnp.asarray(allowed)
     )
+
+
+@pytest.mark.parametrize("pooling", ["mean", "last"])
+@pytest.mark.parametrize("backbone", [BERT, LLAMA])
+def test_packed_texts_have_the_vectors_that_they_have_alone(backbone, pooling):
+    encoder, rng = Encoder(make(backbone), pooling=pooling), np.random.default_rng(0)
+    texts = [rng.integers(1, 40, size).tolist() for size in (3, 7, 1, 5, 2)]
+    tokens, segment_ids, ends = map(jnp.asarray, pack_tokens([texts], rows=2, pad_id=0, lengths=(16,)))
+    packed = nnx.jit(Encoder.packed)(encoder, tokens[0], segment_ids[0], ends[0])
+    for text, vector in zip(texts, packed, strict=True):
+        alone = encoder(jnp.asarray([text], jnp.int32), jnp.ones((1, len(text)), bool))
+        np.testing.assert_allclose(vector, alone[0], atol=TOLERANCE)
 
 
 def test_a_document_that_is_not_allowed_takes_no_part_in_the_softmax():
@@ -69,7 +81,7 @@ def test_a_document_that_is_not_allowed_takes_no_part_in_the_softmax():
     allowed[0, 3] = False
     loss = EncoderLoss(temperature=0.1, margin_weight=0.0)
     total, count, metrics = loss(bert, batch(allowed))
-    queries = bert(batch(allowed).query_tokens, jnp.ones((2, LENGTH), bool))
+    queries = bert(jnp.asarray(QUERIES), jnp.ones((2, LENGTH), bool))
     documents = bert(jnp.asarray(DOCUMENTS), jnp.ones((6, LENGTH), bool))
     scores = np.asarray(queries @ documents.T) / 0.1
     first = np.log(np.exp(np.delete(scores[0], 3)).sum()) - scores[0, 0]

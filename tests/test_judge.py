@@ -8,6 +8,7 @@ from flax import nnx
 from hypothesis import given
 from hypothesis import strategies as st
 
+from jaxsearch.data.batches import pack_tokens
 from jaxsearch.errors import InputError
 from jaxsearch.judge import (
     Judge,
@@ -56,20 +57,20 @@ def test_targets_keep_their_mass_and_their_peak():
 
 def random_batch():
     rng = np.random.default_rng(0)
-    where = np.ones((3, 5), bool)
-    where[1, 2:] = False
-    return JudgeBatch(
-        jnp.asarray(rng.integers(0, 48, (3, 5)), jnp.int32),
-        jnp.asarray(where),
-        jnp.asarray(grade_targets([0, 4, 2], smoothing=0.1)),
-    )
+    items = [[rng.integers(0, 48, size).tolist() for size in (5, 2, 5)]]
+    packed = map(jnp.asarray, pack_tokens(items, rows=2, pad_id=0, lengths=(12,)))
+    return JudgeBatch(*packed, jnp.asarray(grade_targets([0, 4, 2], smoothing=0.1))[None])
+
+
+def grade(judge, batch):
+    return judge(jnp.asarray(POLICY, jnp.int32), batch.tokens, batch.segment_ids, batch.ends)[0]
 
 
 def test_a_pair_behind_the_shared_policy_is_graded_as_alone():
     decoder, batch = make(LLAMA), random_batch()
-    together = Judge(decoder, grade_ids=GRADE_IDS)(jnp.asarray(POLICY, jnp.int32), batch.tokens, batch.where)
+    together = grade(Judge(decoder, grade_ids=GRADE_IDS), batch)
     for row in range(3):
-        pair = batch.tokens[row][batch.where[row]]
+        pair = batch.tokens[batch.segment_ids == row + 1]
         tokens = jnp.concatenate([jnp.asarray(POLICY, jnp.int32), pair])[None]
         alone = decoder.logits(last_hidden(decoder(tokens), jnp.ones(tokens.shape, bool)))[
             0, jnp.asarray(GRADE_IDS)
@@ -80,9 +81,9 @@ def test_a_pair_behind_the_shared_policy_is_graded_as_alone():
 def test_the_loss_is_the_cross_entropy_of_the_grades():
     judge, batch = Judge(make(LLAMA), grade_ids=GRADE_IDS), random_batch()
     total, count, metrics = JudgeLoss(POLICY)(judge, batch)
-    logits = np.asarray(judge(jnp.asarray(POLICY, jnp.int32), batch.tokens, batch.where), np.float64)
+    logits = np.asarray(grade(judge, batch), np.float64)
     log_probs = logits - np.log(np.exp(logits).sum(axis=1, keepdims=True))
-    expected = -(np.asarray(batch.targets) * log_probs).sum()
+    expected = -(np.asarray(batch.targets[0]) * log_probs).sum()
     np.testing.assert_allclose(float(total), expected, rtol=1e-6)  # measured maximum 1.7e-7 over 60 seeds
     assert float(count) == 3.0
     assert float(metrics["tokens"]) == 12 + len(POLICY)
@@ -90,8 +91,7 @@ def test_the_loss_is_the_cross_entropy_of_the_grades():
 
 def test_the_adapter_gets_a_gradient_and_merges_away():
     judge, batch = Judge(make(LLAMA), grade_ids=GRADE_IDS), random_batch()
-    policy = jnp.asarray(POLICY, jnp.int32)
-    before = judge(policy, batch.tokens, batch.where)
+    before = grade(judge, batch)
     add_lora(judge.decoder, rank=2, alpha=4.0, targets="q_proj|down_proj", rngs=nnx.Rngs(0))
     graph, adapter, rest = nnx.split(judge, LoRAParam, ...)
     gradient = jax.jit(jax.grad(lambda state: JudgeLoss(POLICY)(nnx.merge(graph, state, rest), batch)[0]))(
@@ -102,10 +102,10 @@ def test_the_adapter_gets_a_gradient_and_merges_away():
     nnx.update(
         judge, jax.tree.map(lambda a: jnp.asarray(0.3 * random.normal(size=a.shape), a.dtype), adapter)
     )
-    adapted = judge(policy, batch.tokens, batch.where)
+    adapted = grade(judge, batch)
     assert float(jnp.abs(adapted - before).max()) > 0.1  # measured minimum 0.82 over 60 seeds
     merge_lora(judge.decoder)
-    np.testing.assert_allclose(judge(policy, batch.tokens, batch.where), adapted, atol=TOLERANCE)
+    np.testing.assert_allclose(grade(judge, batch), adapted, atol=TOLERANCE)
 
 
 def test_a_saved_judge_carries_policy_and_prompt(tmp_path):

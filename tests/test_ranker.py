@@ -23,18 +23,19 @@ def random_batch(seed=0):
     where = np.ones((2, 3, 5), bool)
     where[0, 1, 3:] = False
     where[:, 2, 4:] = False
-    prefix_where = np.ones((2, 4), bool)
-    prefix_where[1, 3:] = False
-    items = [[rng.integers(0, 48, kept.sum()).tolist() for kept in rows] for rows in where]
-    packed = map(jnp.asarray, pack_tokens(items, rows=2, pad_id=0, lengths=(16,)))
+    prefixes = [rng.integers(0, 48, size).tolist() for size in (4, 3)]
+    items = [rng.integers(0, 48, kept.sum()).tolist() for rows in where for kept in rows]
+    prefix_tokens, prefix_ids, _ = pack_tokens([prefixes], rows=1, pad_id=0, lengths=(8,))
+    tokens, segment_ids, ends = pack_tokens([items], rows=2, pad_id=0, lengths=(20,))
+    packed = map(
+        jnp.asarray, (prefix_tokens[:, 0], prefix_ids[:, 0], tokens, segment_ids, ends.reshape(1, 2, 3))
+    )
     return RankerBatch(
-        jnp.asarray(rng.integers(0, 48, (2, 4)), jnp.int32),
-        jnp.asarray(prefix_where),
         *packed,
-        jnp.asarray(rng.random((2, 3)), jnp.float32),
-        jnp.asarray([[True, True, False], [True, False, True]]),
-        jnp.asarray(rng.integers(0, 5, (2, 3)) / 4, jnp.float32),
-        jnp.ones((2, 3), bool),
+        jnp.asarray(rng.random((1, 2, 3)), jnp.float32),
+        jnp.asarray([[[True, True, False], [True, False, True]]]),
+        jnp.asarray(rng.integers(0, 5, (1, 2, 3)) / 4, jnp.float32),
+        jnp.ones((1, 2, 3), bool),
     )
 
 
@@ -42,16 +43,18 @@ def test_a_logit_is_that_of_the_whole_prompt_alone():
     decoder, batch = make(LLAMA), random_batch()
     ranker = Ranker(decoder, label_ids=LABEL_IDS)
     together = nnx.jit(Ranker.__call__)(
-        ranker, batch.prefix_tokens, batch.prefix_where, batch.item_tokens, batch.segment_ids, batch.ends
+        ranker, batch.prefix_tokens, batch.prefix_ids, batch.item_tokens, batch.segment_ids, batch.ends
     )
     for q in range(2):
         for c in range(3):
-            prefix = batch.prefix_tokens[q][batch.prefix_where[q]]
-            item = batch.item_tokens[q][batch.segment_ids[q] == c + 1]
+            prefix = batch.prefix_tokens[batch.prefix_ids == q + 1]
+            item = batch.item_tokens[batch.segment_ids == 3 * q + c + 1]
             tokens = jnp.concatenate([prefix, item])[None]
             hidden = last_hidden(decoder(tokens), jnp.ones(tokens.shape, bool))
             yes, no = decoder.logits(hidden)[0, jnp.asarray(LABEL_IDS)]
-            np.testing.assert_allclose(together[q, c], yes - no, atol=1e-5)  # measured max 3.1e-6, 60 seeds
+            np.testing.assert_allclose(
+                together[0, q, c], yes - no, atol=1e-5
+            )  # measured max 3.1e-6, 60 seeds
 
 
 def evaluate(loss, ranker, batch):
@@ -74,7 +77,7 @@ def test_labels_that_are_masked_change_nothing():
 
 
 def test_without_any_label_loss_and_gradient_are_zero():
-    nothing = jnp.zeros((2, 3), bool)
+    nothing = jnp.zeros((1, 2, 3), bool)
     batch = dataclasses.replace(random_batch(), teacher_where=nothing, gold_where=nothing)
     total, _, _ = evaluate(RankerLoss(), Ranker(make(LLAMA), label_ids=LABEL_IDS), batch)
     assert float(total) == 0.0

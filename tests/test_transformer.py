@@ -15,6 +15,7 @@ from flax import nnx
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from jaxsearch.data.batches import pack_tokens
 from jaxsearch.errors import InputError
 from jaxsearch.nn.layers import RMSNorm, RopeScaling, rope_frequencies, rotate
 from jaxsearch.nn.transformer import Decoder, DecoderConfig, last_hidden
@@ -61,6 +62,19 @@ def _forward(model, tokens, where):
 def _behind_prefix(model, prefix, prefix_where, items, where, segment_ids=None):
     prefix = model.prefill(prefix, prefix_where)[1]
     return model.attend_prefix(items, where, prefix, segment_ids=segment_ids)
+
+
+@nnx.jit
+def _packed(model, tokens, segment_ids):
+    return model(tokens, where=segment_ids > 0, segment_ids=segment_ids)
+
+
+@nnx.jit
+def _behind_prefixes(model, prefix_tokens, prefix_ids, tokens, segment_ids):
+    prefix = model.prefill(prefix_tokens, prefix_ids > 0, segment_ids=prefix_ids)[1]
+    return model.attend_prefix(
+        tokens, segment_ids > 0, prefix, segment_ids=segment_ids, prefix_ids=(segment_ids + 1) // 2
+    )
 
 
 def _random_tokens(rng, *shape):
@@ -138,6 +152,42 @@ def test_items_in_one_row_equal_items_in_rows_of_their_own(name, seed):
     assert bool(jnp.isfinite(packed).all())
 
 
+@settings(deadline=None, max_examples=15)
+@given(name=st.sampled_from(sorted(CONFIGS)), seed=st.integers(0, 10**6))
+def test_texts_in_one_row_equal_texts_in_rows_of_their_own(name, seed):
+    model, rng = _model(CONFIGS[name]), np.random.default_rng(seed)
+    texts = [rng.integers(0, 61, size).tolist() for size in rng.integers(1, 6, 5)]
+    tokens, segment_ids, _ = pack_tokens([texts], rows=2, pad_id=0, lengths=(20,))
+    ids = jnp.asarray(segment_ids[0])
+    packed = _packed(model, jnp.asarray(tokens[0]), ids)
+    for number, text in enumerate(texts, start=1):
+        alone = np.zeros((1, 6), np.int32)
+        alone[0, : len(text)] = text
+        expected = _forward(model, jnp.asarray(alone), _up_to([len(text)], 6))[0, : len(text)]
+        np.testing.assert_allclose(packed[ids == number], expected, atol=TOLERANCE)
+
+
+@settings(deadline=None, max_examples=15)
+@given(name=st.sampled_from(sorted(CONFIGS)), seed=st.integers(0, 10**6))
+def test_items_of_several_queries_in_one_row_follow_their_own_prefix(name, seed):
+    model, rng = _model(CONFIGS[name]), np.random.default_rng(seed)
+    prefixes = [rng.integers(0, 61, size).tolist() for size in rng.integers(1, 6, 2)]
+    items = [rng.integers(0, 61, size).tolist() for size in rng.integers(1, 5, 4)]  # two a query
+    prefix_tokens, prefix_ids, _ = pack_tokens([prefixes], rows=1, pad_id=0, lengths=(12,))
+    tokens, segment_ids, _ = pack_tokens([items], rows=2, pad_id=0, lengths=(16,))
+    packed = _behind_prefixes(
+        model, *map(jnp.asarray, (prefix_tokens[:, 0], prefix_ids[:, 0], tokens, segment_ids))
+    )
+    for number, item in enumerate(items):
+        whole = [*prefixes[number // 2], *item]
+        alone = np.zeros((1, 10), np.int32)
+        alone[0, : len(whole)] = whole
+        expected = _forward(model, jnp.asarray(alone), _up_to([len(whole)], 10))[
+            0, len(whole) - len(item) : len(whole)
+        ]
+        np.testing.assert_allclose(packed[segment_ids == number + 1], expected, atol=TOLERANCE)
+
+
 @pytest.mark.parametrize("use_remat", [False, True])
 def test_gradients_through_a_prefix_equal_one_by_one(use_remat):
     model, rng = _model(use_remat=use_remat), np.random.default_rng(3)
@@ -168,12 +218,12 @@ def test_padded_rows_have_finite_gradients():
     assert all(bool(jnp.isfinite(leaf).all()) for leaf in jax.tree.leaves(gradients))
 
 
-def test_stored_keys_and_lengths():
+def test_stored_keys():
     model, rng = _model(), np.random.default_rng(0)
     tokens, where = _random_tokens(rng, 2, 5), _up_to([5, 2], 5)
     hidden, prefix = model.prefill(tokens, where)
     assert prefix.k.shape == prefix.v.shape == (3, 2, 5, 2, 4)
-    assert prefix.length.tolist() == [5, 2]
+    assert prefix.where.tolist() == where.tolist()
     np.testing.assert_allclose(hidden, _forward(model, tokens, where), atol=TOLERANCE)
 
 

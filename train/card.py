@@ -13,8 +13,8 @@ from jaxsearch.data.records import Collection
 from jaxsearch.data.verticals import Vertical
 from jaxsearch.ranker import TextRanker
 from jaxsearch.scoring.prefill import PrefillScorer, ScoreRequest
-from train.gpu_suite import spread, timed
 from train.report import quality_rows
+from train.speed import spread, timed
 
 SPEED_ITEMS = 50
 SPEED_REPEATS = 5

@@ -19,9 +19,7 @@ from jaxsearch.data.assets import resolve
 from jaxsearch.data.batches import (
     CandidateSampler,
     allowed_in_batch,
-    multiples,
-    pad_by_length,
-    pad_tokens,
+    pack_rows,
     shuffled,
     step_batches,
 )
@@ -37,6 +35,7 @@ from train.inputs import load_data, mine, origin, validate
 from train.loop import LoopConfig, OptimizerConfig, fit
 from train.options import run, say
 from train.processes import leave_to_main
+from train.step import batch_pieces
 from train.workdir import claim
 
 
@@ -102,6 +101,7 @@ class EncoderData:
         encoded = encoder.encode_documents(texts)
         self.document_tokens = dict(zip(self.sampler.documents, encoded, strict=True))
         self.pad_id = encoder.tokenizer.pad_id
+        self.ways = batch_pieces(config.optimizer, config.loop.mesh)
 
     def batch(self, step: int) -> EncoderBatch:
         config = self.config
@@ -115,21 +115,18 @@ class EncoderData:
             ]
             for key in query_ids
         ]
-        query_tokens, query_where = pad_tokens(
-            [self.query_tokens[key] for key in query_ids],
-            pad_id=self.pad_id,
-            lengths=multiples(32, config.max_query_tokens),
+        texts = [self.query_tokens[key] for key in query_ids]
+        texts += [self.document_tokens[key] for keys in documents for key in keys]
+        longest = max(config.max_query_tokens, config.max_document_tokens)
+        tokens, segment_ids, ends = pack_rows(
+            [texts], pad_id=self.pad_id, step=16, longest=longest, ways=self.ways
         )
-        groups, place = pad_by_length(
-            [self.document_tokens[key] for keys in documents for key in keys],
-            pad_id=self.pad_id,
-            lengths=multiples(32, config.max_document_tokens),
-        )
+        query_ends, document_ends = np.split(ends[0], [len(query_ids)])
         return EncoderBatch(
-            query_tokens,
-            query_where,
-            groups,
-            place.reshape(len(query_ids), -1),
+            tokens[0],
+            segment_ids[0],
+            query_ends,
+            document_ends.reshape(len(query_ids), -1),
             allowed_in_batch(self.sampler, query_ids, documents),
         )
 
@@ -182,6 +179,7 @@ def main(config: EncoderConfig, workdir: Path) -> None:
             loop=dataclasses.replace(config.loop, num_steps=per_round),
             optimizer=config.optimizer,
             workdir=workdir / f"round-{number}",
+            dtype=config.dtype,
             evaluate=evaluate,
         )
         steps += result.step

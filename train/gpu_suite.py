@@ -12,7 +12,6 @@ import datetime
 import statistics
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -29,6 +28,7 @@ from jaxsearch.retrieval.exact import ExactIndex
 from jaxsearch.scoring.prefill import PrefillScorer, ScoreRequest
 from train.config import Count
 from train.options import run
+from train.speed import flops_per_token, matmul_rates, spread, timed
 from train.step import MeshConfig, OptimizerConfig, TrainStep
 
 LABEL_IDS = (9, 10)
@@ -66,21 +66,6 @@ class GpuSuiteConfig:
     """Pipeline config that is run at the end, for example configs/reference/pipeline.py."""
 
 
-def timed(call: Callable[[], Any], repeats: int) -> list[float]:
-    """Seconds of each run after a warm-up, each waited for."""
-    jax.block_until_ready(call())
-    seconds = []
-    for _ in range(repeats):
-        started = time.perf_counter()
-        jax.block_until_ready(call())
-        seconds.append(time.perf_counter() - started)
-    return seconds
-
-
-def spread(values: list[float]) -> dict[str, float]:
-    return {"median": statistics.median(values), "minimum": min(values), "maximum": max(values)}
-
-
 def new_decoder(config: GpuSuiteConfig, dtype: Any) -> Decoder:
     shape = DecoderConfig(
         "qwen3",
@@ -100,16 +85,7 @@ def new_decoder(config: GpuSuiteConfig, dtype: Any) -> Decoder:
 
 def matmul_weights(config: GpuSuiteConfig) -> int:
     """Weights that every token is multiplied with; embeddings and attention products not counted."""
-    heads = config.num_heads * config.head_dim * 2 + config.num_kv_heads * config.head_dim * 2
-    return config.num_layers * config.embed_dim * (heads + 3 * config.mlp_dim)
-
-
-def matmul_peak(config: GpuSuiteConfig) -> dict[str, float]:
-    """FLOP/s of one large bf16 product: the peak that shares are stated of."""
-    size = config.matmul_size
-    left = jax.random.normal(jax.random.key(0), (size, size), jnp.bfloat16)
-    product = jax.jit(lambda x: x @ x)
-    return spread([2 * size**3 / seconds for seconds in timed(lambda: product(left), config.repeats)])
+    return flops_per_token(nnx.eval_shape(lambda: new_decoder(config, jnp.bfloat16)), nnx.Param) // 6
 
 
 def parity(config: GpuSuiteConfig) -> dict[str, float]:
@@ -152,14 +128,16 @@ def training(config: GpuSuiteConfig, peak: float) -> dict[str, Any]:
         seed=0,
         trainable=nnx.Param,
     )
-    shape = (config.train_queries, config.train_candidates)
+    queries, per_query, length = config.train_queries, config.train_candidates, config.train_item_tokens
+    shape = (queries, 1, per_query)
     rng = np.random.default_rng(0)
+    rows = np.arange(1, per_query + 1, dtype=np.int32)
     batch = RankerBatch(
-        rng.integers(0, config.vocab_size, (shape[0], config.prefix_tokens)).astype(np.int32),
-        np.ones((shape[0], config.prefix_tokens), bool),
-        rng.integers(0, config.vocab_size, (*shape, config.train_item_tokens)).astype(np.int32),
-        np.ones((*shape, config.train_item_tokens), np.int32),
-        np.tile(config.train_item_tokens * np.arange(1, shape[1] + 1, dtype=np.int32) - 1, (shape[0], 1)),
+        rng.integers(0, config.vocab_size, (queries, config.prefix_tokens)).astype(np.int32),
+        np.ones((queries, config.prefix_tokens), np.int32),
+        rng.integers(0, config.vocab_size, (queries, per_query, length)).astype(np.int32),
+        np.broadcast_to(rows[None, :, None], (queries, per_query, length)),
+        np.broadcast_to(length * rows - 1, shape),
         rng.random(shape, np.float32),
         np.ones(shape, bool),
         rng.random(shape, np.float32),
@@ -172,12 +150,11 @@ def training(config: GpuSuiteConfig, peak: float) -> dict[str, Any]:
         state, metrics = step.take(state, batch)
         return metrics["loss"]
 
-    tokens = shape[0] * (config.prefix_tokens + shape[1] * config.train_item_tokens)
+    tokens = queries * (config.prefix_tokens + per_query * length)
     rates = [tokens / seconds for seconds in timed(take, config.repeats)]
-    flops_per_token = 6 * matmul_weights(config)
     return {
         "tokens_per_second": spread(rates),
-        "share_of_matmul_peak": statistics.median(rates) * flops_per_token / peak,
+        "share_of_matmul_peak": statistics.median(rates) * 6 * matmul_weights(config) / peak,
         "tokens_per_step": tokens,
     }
 
@@ -254,7 +231,7 @@ def markdown(report: dict[str, Any]) -> str:
 
 
 def main(config: GpuSuiteConfig, workdir: Path) -> None:
-    peak = matmul_peak(config)
+    peak = spread(matmul_rates("bfloat16", config.matmul_size, config.repeats))
     figures: dict[str, Any] = {"matmul": {"flops_per_second": peak}}
     measurements: dict[str, Callable[[], dict[str, Any]]] = {
         "parity": lambda: parity(config),

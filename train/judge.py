@@ -15,7 +15,7 @@ from flax import nnx
 
 from jaxsearch.checkpoints import model_version
 from jaxsearch.data.assets import resolve
-from jaxsearch.data.batches import multiples, pad_tokens, similar_length, step_batches
+from jaxsearch.data.batches import pack_rows, packing_groups, shuffled, step_batches
 from jaxsearch.data.prompts import PromptEncoder
 from jaxsearch.data.tokenizer import Tokenizer
 from jaxsearch.files import write_json
@@ -45,6 +45,7 @@ from train.inputs import (
 from train.loop import LoopConfig, OptimizerConfig, fit
 from train.options import run, say
 from train.processes import leave_to_main
+from train.step import batch_pieces
 from train.workdir import claim
 
 CHECK_RANDOM_SHARE = 0.5
@@ -107,18 +108,23 @@ class JudgeData:
         encoded = judge.pairs(texts)
         self.policy_tokens = encoded.prefix
         self.items = encoded.items
-        self.lengths = [len(item) for item in self.items]
         self.targets = grade_targets(grades, smoothing=config.grade_smoothing)
         self.pad_id = judge.tokenizer.pad_id
         self.config = config
+        ways = batch_pieces(config.optimizer, config.loop.mesh)
+        self.groups = packing_groups(config.batch_pairs, ways, most=config.batch_pairs)
 
     def batch(self, step: int) -> JudgeBatch:
         config = self.config
-        rows = similar_length(self.lengths, config.batch_pairs, step, seed=config.seed)
-        tokens, where = pad_tokens(
-            [self.items[i] for i in rows], pad_id=self.pad_id, lengths=multiples(32, config.max_item_tokens)
+        chosen = shuffled(len(self.items), config.batch_pairs, step, seed=config.seed)
+        chosen = chosen.reshape(self.groups, -1)
+        packed = pack_rows(
+            [[self.items[i] for i in group] for group in chosen],
+            pad_id=self.pad_id,
+            step=32,
+            longest=config.max_item_tokens,
         )
-        return JudgeBatch(tokens, where, self.targets[rows])
+        return JudgeBatch(*packed, self.targets[chosen])
 
 
 def agreement(
@@ -194,6 +200,7 @@ def main(config: JudgeConfig, workdir: Path) -> None:
         step_batches(data.batch, provider=config.provider),
         loop=config.loop,
         optimizer=config.optimizer,
+        dtype=config.dtype,
         workdir=workdir,
         trainable=LoRAParam,
     )

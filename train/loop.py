@@ -29,9 +29,17 @@ from jaxsearch.errors import InputError
 from train.config import Count, CountOrNone
 from train.options import EXIT_INTERRUPTED, progress
 from train.processes import agree, is_main
-from train.step import TOKENS, LossFn, MeshConfig, OptimizerConfig, TrainStep
+from train.speed import flops_per_token, matmul_peak
+from train.step import SUMMED, LossFn, MeshConfig, OptimizerConfig, TrainStep
 
 Batches = Callable[[int], Iterator[Any]]
+SPEEDS = {
+    "tokens_per_second": "{:,.0f} tokens/s",
+    "mfu": "MFU {:.0%}",
+    "padding_share": "padding {:.1%}",
+    "input_share": "making batches {:.0%} of the time",
+}
+"""What is said of a run's speed; see `train.speed`."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,19 +83,21 @@ def fit(
     workdir: str | Path,
     trainable: Any = nnx.Param,
     evaluate: Callable[[Any], Mapping[str, float]] | None = None,
+    dtype: str = "float32",
     console: rich.console.Console | None = None,
 ) -> FitResult:
     """Trains `model` in place.
 
     Args:
         loss_fn: `(model, batch) → (total, count, metrics)`, scalars; the loss is Σ total / Σ count over microbatches
-            and devices, metrics are means weighted by count, the metric "tokens" is a sum. With a third argument
-            named `key` it gets a random key that depends on seed, step and microbatch only.
+            and devices, metrics are means weighted by count, "tokens" and "slots" (`losses.token_counts`) sums. With a
+            third argument named `key` it gets a random key that depends on seed, step and microbatch only.
         batches: `batches(n)` iterates over the batches of steps n, n + 1, ... (from 0), pytrees of NumPy arrays with
             the batch as leading axis, divisible by accumulate * data * fsdp. A new shape compiles once.
         workdir: holds `checkpoints/`, `metrics.jsonl` and `tensorboard/`; a run found there is continued.
         trainable: NNX filter; the rest of the model gets neither gradient nor checkpoint.
         evaluate: takes the model as it is, gives metrics. It must not keep the model: its arrays are reused.
+        dtype: of the computation, for the peak that MFU is stated of (`train.speed`).
     Returns:
         what was reached; the model holds the best parameters by `loop.best_metric`, else the last ones.
     Raises:
@@ -122,12 +132,13 @@ def fit(
     )
     with store, _Termination() as termination, _Journal(workdir) as journal:
         run = _Run(program, store, journal, loop, evaluate)
+        run.seconds_per_token = flops_per_token(model, trainable) / matmul_peak(dtype)
         run.resume(say)
         if run.step < loop.num_steps:
             steps = batches(run.step)
             with progress("training", loop.num_steps, done=run.step, console=console) as advance:
                 while run.step < loop.num_steps:
-                    run.take(next(steps, None), advance)
+                    run.take(steps, advance)
                     if stop := termination.due(run.step, loop):
                         run.save()
                         store.wait()
@@ -137,6 +148,7 @@ def fit(
                             + ("the start" if saved is None else f"step {saved}, saved in {store.directory}")
                         )
                         raise SystemExit(0 if stop is signal.SIGTERM else EXIT_INTERRUPTED)
+            run.say_speed(say)
         return run.finish(model, say)
 
 
@@ -163,6 +175,10 @@ class _Run:
         self.evaluation: dict[str, float] = {}
         self.logged: dict[str, float] = {}
         self.tokens = 0
+        self.seconds_per_token = 0.0
+        """At the peak of the device."""
+        self._rates: list[dict[str, float]] = []
+        self._input_seconds = 0.0
         self._pending: list[tuple[int, dict[str, jax.Array]]] = []
         self._started = self._fetched_at = time.perf_counter()
 
@@ -174,8 +190,11 @@ class _Run:
         self.journal.start(self.step)
         self._fetched_at = time.perf_counter()
 
-    def take(self, batch: Any, advance: Callable[..., None]) -> None:
+    def take(self, steps: Iterator[Any], advance: Callable[..., None]) -> None:
         """One step, then whatever is due after it."""
+        asked = time.perf_counter()
+        batch = next(steps, None)
+        self._input_seconds += time.perf_counter() - asked
         if batch is None:
             raise InputError(
                 f"the batches end before step {self.step} of {self.loop.num_steps}; give more of them"
@@ -222,13 +241,21 @@ class _Run:
             )
         now = time.perf_counter()
         seconds, self._fetched_at = now - self._fetched_at, now
-        tokens = sum(float(metrics.pop(TOKENS, 0.0)) for _, metrics in fetched)
+        tokens, slots = (sum(float(metrics.pop(name, 0.0)) for _, metrics in fetched) for name in SUMMED)
         self.tokens += int(tokens)
         names = fetched[-1][1]
         self.logged = {name: float(np.mean([metrics[name] for _, metrics in fetched])) for name in names}
-        self.logged |= {"steps_per_second": len(fetched) / seconds}
+        self.logged |= {
+            "steps_per_second": len(fetched) / seconds,
+            "input_share": self._input_seconds / seconds,
+        }
+        self._input_seconds = 0.0
         if tokens:
-            self.logged["tokens_per_second"] = tokens / seconds
+            rate = tokens / seconds
+            self.logged |= {"tokens_per_second": rate, "mfu": rate * self.seconds_per_token}
+        if slots:
+            self.logged["padding_share"] = 1.0 - tokens / slots
+        self._rates.append(self.logged)
         self.journal.write(fetched[-1][0], self.logged)
 
     def save(self, metrics: Mapping[str, float] | None = None) -> None:
@@ -249,6 +276,16 @@ class _Run:
         metrics = self.logged | self.evaluation
         return FitResult(self.step, metrics, best, time.perf_counter() - self._started, self.tokens)
 
+    def say_speed(self, say: Callable[[str], None]) -> None:
+        """Medians of what was logged, since the first steps compile."""
+        if not all(SPEEDS.keys() <= logged.keys() for logged in self._rates):
+            return
+        shown = (
+            text.format(float(np.median([logged[name] for logged in self._rates])))
+            for name, text in SPEEDS.items()
+        )
+        say("medians of this run: " + ", ".join(shown))
+
     def _adopt(self, restored: Restored) -> None:
         self.state, self.step, self.evaluation = restored.arrays, restored.step, restored.metrics
 
@@ -267,8 +304,8 @@ class _Run:
     def _summary(self) -> str:
         if not self.logged:
             return ""
-        speed = self.logged.get("tokens_per_second")
-        return f"loss {self.logged['loss']:.4f}" + (f"  {speed:,.0f} tokens/s" if speed else "")
+        shown = [text.format(self.logged[name]) for name, text in SPEEDS.items() if name in self.logged]
+        return ", ".join([f"loss {self.logged['loss']:.4f}", *shown[:2]])
 
 
 def _is_due(step: int, every: int) -> bool:

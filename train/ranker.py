@@ -20,8 +20,9 @@ from jaxsearch.data.batches import (
     CandidateSampler,
     group_pairs,
     multiples,
+    pack_rows,
     pack_tokens,
-    pad_tokens,
+    packing_groups,
     shuffled,
     step_batches,
 )
@@ -41,11 +42,8 @@ from train.label import Label, read_labels
 from train.loop import LoopConfig, OptimizerConfig, fit
 from train.options import run, say
 from train.processes import leave_to_main
+from train.step import batch_pieces
 from train.workdir import claim
-
-ITEMS_PER_ROW = 3
-"""Candidates are packed into rows: longer rows pad less, and compute more attention that their mask throws away. On two
-CPU cores a step with eight candidates takes 1.1 times as long in 4 rows or 2 as in 3, and 1.3 times in 8."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -131,6 +129,8 @@ class RankerData:
         self.items = dict(zip(self.sampler.documents, ranker.request("", texts).items, strict=True))
         self.prefixes = {key: ranker.request(collection.queries[key].text, []).prefix for key in self.queries}
         self.pad_id = ranker.tokenizer.pad_id
+        ways = batch_pieces(config.optimizer, config.loop.mesh)
+        self.groups = packing_groups(config.batch_queries, ways)
 
     def candidates(self, query_id: str, step: int, rng: np.random.Generator) -> list[str]:
         """Labelled documents first, so that a label is never left unused; without gold, they alone."""
@@ -151,6 +151,7 @@ class RankerData:
         query_ids = [self.queries[i] for i in rows]
         width = config.candidates_per_query
         shape = (len(query_ids), width)
+        grouped = (self.groups, -1, width)
         teacher, gold = np.zeros(shape, np.float32), np.zeros(shape, np.float32)
         teacher_where, gold_where = np.zeros(shape, bool), np.zeros(shape, bool)
         lists: list[list[Sequence[int]]] = []
@@ -162,18 +163,24 @@ class RankerData:
                 gold[i, j] = self.sampler.grade(query_id, key) / MAX_GRADE
                 if (query_id, key) in self.teacher:
                     teacher[i, j], teacher_where[i, j] = self.teacher[query_id, key], True
-        prefix_tokens, prefix_where = pad_tokens(
-            [self.prefixes[key] for key in query_ids],
+        per_group = len(query_ids) // self.groups
+        starts = range(0, len(query_ids), per_group)
+        prefix_tokens, prefix_ids, _ = pack_tokens(
+            [[self.prefixes[key] for key in query_ids[start : start + per_group]] for start in starts],
+            rows=1,
             pad_id=self.pad_id,
-            lengths=multiples(48, config.max_shared_tokens),
+            lengths=multiples(64, per_group * config.max_shared_tokens),
         )
-        packed = pack_tokens(
-            lists,
-            rows=-(-width // ITEMS_PER_ROW),
+        tokens, segment_ids, ends = pack_rows(
+            [[item for items in lists[start : start + per_group] for item in items] for start in starts],
             pad_id=self.pad_id,
-            lengths=multiples(32, width * config.max_item_tokens),
+            step=16,
+            longest=config.max_item_tokens,
         )
-        return RankerBatch(prefix_tokens, prefix_where, *packed, teacher, teacher_where, gold, gold_where)
+        labels = (array.reshape(grouped) for array in (teacher, teacher_where, gold, gold_where))
+        return RankerBatch(
+            prefix_tokens[:, 0], prefix_ids[:, 0], tokens, segment_ids, ends.reshape(grouped), *labels
+        )
 
 
 def rerank(
@@ -263,6 +270,7 @@ def main(config: RankerConfig, workdir: Path) -> None:
         step_batches(data.batch, provider=config.provider),
         loop=config.loop,
         optimizer=config.optimizer,
+        dtype=config.dtype,
         workdir=workdir,
         trainable=is_trained(config.use_frozen_embeddings),
         evaluate=evaluate,

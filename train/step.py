@@ -25,15 +25,16 @@ from jaxsearch.sharding import (
     flatten_state,
     make_mesh,
     on_one_device,
-    param_axes,
     param_shardings,
     put_batch,
     replicated,
     unflatten_state,
 )
 from train.config import Bound, Count, CountOrNone, Rate, Share
+from train.speed import kernels
 
-TOKENS = "tokens"
+SUMMED = ("tokens", "slots")
+"""Metrics of a loss that are sums, not means: real tokens, and places for tokens."""
 LossFn = Callable[..., tuple[jax.Array, jax.Array, dict[str, jax.Array]]]
 State = dict[str, Any]
 
@@ -90,6 +91,11 @@ def learning_rate(
     return config.learning_rate * warm * falling[config.schedule]
 
 
+def batch_pieces(optimizer: OptimizerConfig, mesh: MeshConfig) -> int:
+    """Into how many pieces a batch is cut: microbatches x devices that share it; its leading axes divide by that."""
+    return optimizer.accumulate * batch_ways(make_mesh(**dataclasses.asdict(mesh)))
+
+
 class TrainStep:
     """A model and its optimiser as arrays on a mesh, and the jitted step over them.
 
@@ -125,7 +131,7 @@ class TrainStep:
             raise InputError(f"the model has no parameter that the filter {trainable} selects for training")
         self._transform = optax.chain(
             optax.scale_by_adam(b1=optimizer.b1, b2=optimizer.b2),
-            optax.add_decayed_weights(optimizer.weight_decay, mask=_decayed(params)),
+            optax.add_decayed_weights(optimizer.weight_decay, mask=kernels(params)),
         )
         rest_shardings = param_shardings(rest, self.mesh)
         self._rest = jax.device_put(flatten_state(rest), rest_shardings)
@@ -242,7 +248,7 @@ class TrainStep:
             total, count, metrics = self._loss_fn(model, jax.tree.unflatten(structure, leaves), **extra)
             count = jnp.asarray(count).astype(jnp.float32)
             metrics = {name: jnp.asarray(value).astype(jnp.float32) for name, value in metrics.items()}
-            summed = {name: value if name == TOKENS else value * count for name, value in metrics.items()}
+            summed = {name: value if name in SUMMED else value * count for name, value in metrics.items()}
             return total.astype(jnp.float32), (count, summed)
 
         def one(leaves: list[jax.Array], number: Any):
@@ -264,17 +270,8 @@ class TrainStep:
             )
         total, count, grads, summed = sums
         share = 1.0 / jnp.where(count > 0, count, 1.0)
-        metrics = {name: value if name == TOKENS else value * share for name, value in summed.items()}
+        metrics = {name: value if name in SUMMED else value * share for name, value in summed.items()}
         return total * share, jax.tree.map(lambda grad: grad * share, grads), metrics
-
-
-def _decayed(params: nnx.State) -> dict[str, bool]:
-    """True for kernels and tables; vectors stay vectors when layers are stacked."""
-    flat = flatten_state(params)
-    return {
-        name: (sum(axis != "layers" for axis in axes) if axes else flat[name].ndim) >= 2
-        for name, axes in param_axes(params).items()
-    }
 
 
 def _float32(arrays: Any) -> Any:

@@ -14,10 +14,11 @@ from jaxtyping import Bool, Int
 from jaxsearch.data.records import NUM_GRADES, Collection, Run
 from jaxsearch.errors import InputError
 
-DEVICE_ROWS = 8
-"""Groups of rows are cut at multiples of this where the whole is one, so that up to eight devices share them."""
+ITEMS_PER_ROW = 4
+"""Texts in a packed row: more of them fill rows more evenly, and compute more attention that the mask throws away."""
+MOST_PER_GROUP = 8
+"""Queries whose candidates are packed together: every candidate computes attention to all prefixes of its group."""
 Batch = TypeVar("Batch")
-Padded = tuple[Int[np.ndarray, "b t"], Bool[np.ndarray, "b t"]]
 
 
 def pad_tokens(
@@ -47,6 +48,8 @@ def pack_tokens(
 ) -> tuple[Int[np.ndarray, "q r t"], Int[np.ndarray, "q r t"], Int[np.ndarray, "q c"]]:
     """Puts each list's items one after another into `rows` rows, the longest first, each into the emptiest row.
 
+    A row may hold any number of items; items without tokens take no place.
+
     Returns: tokens; segment_ids, 1 for a list's first item and so on, 0 for padding; and `ends` [q, c], the places of
         the items' last tokens in the list's rows put end to end (0 for an item without tokens).
     Raises: InputError when a row is longer than the longest of `lengths`.
@@ -70,6 +73,22 @@ def pack_tokens(
             segment_ids[i, row, start:stop] = j + 1
             ends[i, j] = row * length + stop - 1 if len(item) else 0
     return tokens, segment_ids, ends
+
+
+def pack_rows(
+    lists: Sequence[Sequence[Sequence[int]]], *, pad_id: int, step: int, longest: int, ways: int = 1
+) -> tuple[Int[np.ndarray, "q r t"], Int[np.ndarray, "q r t"], Int[np.ndarray, "q c"]]:
+    """`pack_tokens` with about `ITEMS_PER_ROW` items a row, rows of a multiple of `step` tokens.
+
+    Args: no item has more than `longest` tokens; `ways` divides the rows of a list.
+    """
+    rows = -(-len(lists[0]) // ITEMS_PER_ROW)
+    return pack_tokens(
+        lists,
+        rows=-(-rows // ways) * ways,
+        pad_id=pad_id,
+        lengths=multiples(step, (ITEMS_PER_ROW + 1) * longest),
+    )
 
 
 def _pack(sizes: Sequence[int], rows: int) -> tuple[list[tuple[int, int]], int]:
@@ -104,42 +123,22 @@ def shuffled(size: int, batch_size: int, step: int, *, seed: int) -> Int[np.ndar
     )
 
 
-def similar_length(
-    lengths: Sequence[int], batch_size: int, step: int, *, seed: int, window: int = 16
-) -> Int[np.ndarray, "b"]:
-    """As `shuffled`, with rows of like length in a batch, so that little is padded.
+def packing_groups(size: int, ways: int, *, most: int = MOST_PER_GROUP) -> int:
+    """Into how many equal groups `size` queries are cut, so that `ways` divides the groups and none has over `most`.
 
-    `window` batches of the shuffled stream are sorted by length and cut anew, then taken in random order; every
-    index is drawn as often as there.
-    """
-    first = step - step % window
-    pool = np.concatenate([shuffled(len(lengths), batch_size, first + i, seed=seed) for i in range(window)])
-    by_length = pool[np.argsort(np.asarray(lengths)[pool], kind="stable")].reshape(window, batch_size)
-    return by_length[np.random.default_rng((seed, first)).permutation(window)[step - first]]
-
-
-def pad_by_length(
-    rows: Sequence[Sequence[int]], *, pad_id: int, lengths: Sequence[int], long_share: float = 0.25
-) -> tuple[tuple[Padded, ...], Int[np.ndarray, "n"]]:
-    """Pads the shorter rows and the `long_share` longest apart, since a few long rows would widen all.
-
-    Returns: (tokens, where) of both groups, and each row's place in their concatenation.
+    Raises: InputError when `ways` does not divide `size`.
     Example:
-        >>> groups, place = pad_by_length([[1, 1, 1], [2], [3], [4]], pad_id=0, lengths=(1, 3))
-        >>> [tokens.shape for tokens, _ in groups], place.tolist()
-        ([(3, 1), (1, 3)], [3, 0, 1, 2])
+        >>> packing_groups(4, 1), packing_groups(32, 2), packing_groups(8, 8)
+        (1, 4, 8)
     """
-    order = sorted(range(len(rows)), key=lambda i: len(rows[i]))
-    cut = len(rows) - round(len(rows) * long_share)
-    cut -= 0 if len(rows) % DEVICE_ROWS else cut % DEVICE_ROWS
-    groups = tuple(
-        pad_tokens([rows[i] for i in part], pad_id=pad_id, lengths=lengths)
-        for part in (order[:cut], order[cut:])
-        if part
+    if size % ways:
+        raise InputError(
+            f"a batch of {size} cannot be cut into {ways}: make it a multiple of optimizer.accumulate x the devices "
+            "that share it (loop.mesh.data x loop.mesh.fsdp)"
+        )
+    return next(
+        groups for groups in range(ways, size + 1, ways) if size % groups == 0 and size // groups <= most
     )
-    place = np.zeros(len(rows), np.int32)
-    place[order] = np.arange(len(rows))
-    return groups, place
 
 
 def step_batches(

@@ -9,7 +9,7 @@ import math
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Bool, Float, Int
 
 from jaxsearch.nn.layers import matmul_precision
 
@@ -22,6 +22,18 @@ def causal_mask(where: Bool[Array, "*b t"]) -> Bool[Array, "*b t t"]:
     order = jnp.arange(where.shape[-1])
     earlier = order[None, :] <= order[:, None]
     return where[..., None, :] & jnp.expand_dims(earlier, tuple(range(where.ndim - 1)))
+
+
+def segment_mask(segment_ids: Int[Array, "*b t"]) -> Bool[Array, "*b t t"]:
+    """Positions see their own segment; those of padding (id 0) see each other, and nothing sees them."""
+    return segment_ids[..., :, None] == segment_ids[..., None, :]
+
+
+def segment_positions(segment_ids: Int[Array, "*b t"]) -> Int[Array, "*b t"]:
+    """The place of each position in its segment, from 0; a segment's positions stand side by side."""
+    order = jnp.broadcast_to(jnp.arange(segment_ids.shape[-1], dtype=jnp.int32), segment_ids.shape)
+    is_first = jnp.diff(segment_ids, axis=-1, prepend=segment_ids[..., :1] - 1) != 0
+    return order - jax.lax.cummax(jnp.where(is_first, order, 0), axis=order.ndim - 1)
 
 
 def dense_attention(
@@ -82,9 +94,9 @@ def shared_prefix_attention(
     *,
     prefix_keys: Float[Array, "q s k h"],
     prefix_values: Float[Array, "q s k h"],
-    prefix_where: Bool[Array, "q s"],
+    prefix_mask: Bool[Array, "q #c #t s"],
 ) -> Float[Array, "q c t k g h"]:
-    """Every item of a query attends to the query's prefix and, under `mask`, to itself.
+    """Every item of a query attends to what `prefix_mask` keeps of the query's prefix and, under `mask`, to itself.
 
     The prefix stays one array per query: its products contract all items at once, no copy per item is made.
     The result has the queries' dtype and equals dense attention over the concatenation of prefix and item.
@@ -92,6 +104,7 @@ def shared_prefix_attention(
     own, own_lse = attention_with_lse(queries, keys, values, mask)
     num_queries, num_items, length = queries.shape[:3]
     rows = queries.reshape(num_queries, num_items * length, *queries.shape[3:])  # [q (c t) k g h]
-    shared, shared_lse = attention_with_lse(rows, prefix_keys, prefix_values, prefix_where[:, None, :])
+    prefix_mask = prefix_mask.reshape(num_queries, -1, prefix_mask.shape[-1])  # [q 1 s] or [q (c t) s]
+    shared, shared_lse = attention_with_lse(rows, prefix_keys, prefix_values, prefix_mask)
     shared, shared_lse = shared.reshape(own.shape), shared_lse.reshape(own_lse.shape)
     return merge_attention(shared, shared_lse, own, own_lse).astype(queries.dtype)

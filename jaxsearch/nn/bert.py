@@ -13,7 +13,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int
 
 from jaxsearch.errors import InputError
-from jaxsearch.nn.attention import dense_attention
+from jaxsearch.nn.attention import dense_attention, segment_mask, segment_positions
 from jaxsearch.nn.layers import Embedding, Linear, make_param
 
 ACTIVATIONS = {
@@ -88,10 +88,11 @@ class Embeddings(nnx.Module):
         self.token_type_embeddings = Embedding(config.num_token_types, dim, axes=rows, **common)
         self.LayerNorm = LayerNorm(dim, eps=config.norm_eps, rngs=rngs, param_dtype=param_dtype)
 
-    def __call__(self, tokens: Int[Array, "b t"]) -> Float[Array, "b t d"]:
-        positions = self.position_embeddings(jnp.arange(tokens.shape[1]))
+    def __call__(self, tokens: Int[Array, "b t"], positions: Int[Array, "#b t"]) -> Float[Array, "b t d"]:
         token_types = self.token_type_embeddings(jnp.zeros_like(tokens[:1, :1]))
-        return self.LayerNorm(self.word_embeddings(tokens) + positions[None] + token_types)
+        return self.LayerNorm(
+            self.word_embeddings(tokens) + self.position_embeddings(positions) + token_types
+        )
 
 
 class SelfAttention(nnx.Module):
@@ -104,7 +105,7 @@ class SelfAttention(nnx.Module):
         self.value = Linear(**shape, use_bias=True, **options)
         self.num_heads = config.num_heads
 
-    def __call__(self, hidden: Float[Array, "b t d"], mask: Bool[Array, "b 1 t"]) -> Float[Array, "b t d"]:
+    def __call__(self, hidden: Float[Array, "b t d"], mask: Bool[Array, "b #t t"]) -> Float[Array, "b t d"]:
         queries, keys, values = (
             p(hidden).reshape(*hidden.shape[:2], self.num_heads, -1)
             for p in (self.query, self.key, self.value)
@@ -132,7 +133,7 @@ class Attention(nnx.Module):
         self.self = SelfAttention(config, **options)
         self.output = Residual(config.embed_dim, config, axis="heads", **options)
 
-    def __call__(self, hidden: Float[Array, "b t d"], mask: Bool[Array, "b 1 t"]) -> Float[Array, "b t d"]:
+    def __call__(self, hidden: Float[Array, "b t d"], mask: Bool[Array, "b #t t"]) -> Float[Array, "b t d"]:
         return self.output(self.self(hidden, mask), hidden)
 
 
@@ -155,7 +156,7 @@ class Layer(nnx.Module):
         self.intermediate = Intermediate(config, **options)
         self.output = Residual(config.mlp_dim, config, axis="mlp", **options)
 
-    def __call__(self, hidden: Float[Array, "b t d"], mask: Bool[Array, "b 1 t"]) -> Float[Array, "b t d"]:
+    def __call__(self, hidden: Float[Array, "b t d"], mask: Bool[Array, "b #t t"]) -> Float[Array, "b t d"]:
         hidden = self.attention(hidden, mask)
         return self.output(self.intermediate(hidden), hidden)
 
@@ -167,7 +168,7 @@ class Stack(nnx.Module):
         self.layer = Layer(config, num_layers=config.num_layers, **options)
         self.use_remat = use_remat
 
-    def __call__(self, hidden: Float[Array, "b t d"], mask: Bool[Array, "b 1 t"]) -> Float[Array, "b t d"]:
+    def __call__(self, hidden: Float[Array, "b t d"], mask: Bool[Array, "b #t t"]) -> Float[Array, "b t d"]:
         graph, stacked = nnx.split(self.layer)
 
         def step(hidden, params):
@@ -199,22 +200,33 @@ class Bert(nnx.Module):
         self.embeddings = Embeddings(config, **options)
         self.encoder = Stack(config, use_remat=use_remat, **options)
 
-    def __call__(self, tokens: Int[Array, "b t"], *, where: Bool[Array, "b t"]) -> Float[Array, "b t d"]:
+    def __call__(
+        self,
+        tokens: Int[Array, "b t"],
+        *,
+        where: Bool[Array, "b t"],
+        segment_ids: Int[Array, "b t"] | None = None,
+    ) -> Float[Array, "b t d"]:
         """Hidden states after the last layer.
 
         Args:
             tokens: Ids, padded on the right.
             where: True for real tokens; what is False is attended by nobody and its own states mean nothing.
+            segment_ids: Where rows hold several texts one after another, which of them a token belongs to (from 1;
+                0 for padding); they do not see one another, and each has the positions it has alone.
 
         Returns:
             States in the compute dtype; those of real tokens do not depend on the padding.
 
         Raises:
-            InputError: more positions than the model has.
+            InputError: more positions than the model has (of packed texts each may have as many; not checked).
         """
-        if tokens.shape[1] > self.config.max_positions:
+        if segment_ids is None and tokens.shape[1] > self.config.max_positions:
             raise InputError(
                 f"{tokens.shape[1]} tokens exceed the {self.config.max_positions} positions of this model; "
                 "shorten the texts (max_document_tokens, max_query_tokens)"
             )
-        return self.encoder(self.embeddings(tokens), where[:, None, :])
+        mask, positions = where[:, None, :], jnp.arange(tokens.shape[1], dtype=jnp.int32)[None]
+        if segment_ids is not None:
+            mask, positions = mask & segment_mask(segment_ids), segment_positions(segment_ids)
+        return self.encoder(self.embeddings(tokens, positions), mask)

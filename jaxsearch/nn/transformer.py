@@ -16,7 +16,13 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int
 
 from jaxsearch.errors import InputError
-from jaxsearch.nn.attention import causal_mask, dense_attention, shared_prefix_attention
+from jaxsearch.nn.attention import (
+    causal_mask,
+    dense_attention,
+    segment_mask,
+    segment_positions,
+    shared_prefix_attention,
+)
 from jaxsearch.nn.layers import (
     Embedding,
     Linear,
@@ -69,16 +75,15 @@ class DecoderConfig:
 
 
 class KeyValues(NamedTuple):
-    """Keys (rotated) and values of a prefix, per layer, and which of its positions count."""
+    """Keys (rotated) and values of a prefix, per layer, and which of its positions count.
+
+    `segment_ids` (from 1) tell several prefixes apart that stand one after another.
+    """
 
     k: Float[Array, "l q s k h"]
     v: Float[Array, "l q s k h"]
     where: Bool[Array, "q s"]
-
-    @property
-    def length(self) -> Int[Array, "q"]:
-        """Number of positions that count, in tokens."""
-        return jnp.sum(self.where, axis=-1, dtype=jnp.int32)
+    segment_ids: Int[Array, "q s"] | None = None
 
 
 class Attention(nnx.Module):
@@ -174,25 +179,35 @@ class Decoder(nnx.Module):
         )
 
     def __call__(
-        self, tokens: Int[Array, "b t"], *, where: Bool[Array, "b t"] | None = None
+        self,
+        tokens: Int[Array, "b t"],
+        *,
+        where: Bool[Array, "b t"] | None = None,
+        segment_ids: Int[Array, "b t"] | None = None,
     ) -> Float[Array, "b t d"]:
         """Hidden states after the final norm. Positions count the kept tokens: padding changes no other row.
 
         Args:
             tokens: ids below vocab_size (others give NaN).
             where: tokens that are there (default: all); rows of the others are finite and meaningless.
+            segment_ids: where rows hold several texts one after another, which of them a token belongs to (from 1;
+                0 where nothing is kept); they do not see one another, and each has the positions it has alone.
         Raises: InputError for "dynamic" RoPE scaling and t > max_positions (see `rope_frequencies`).
         """
         if where is None:
             where = jnp.ones(tokens.shape, bool)
-        return self._run_causal(tokens, where, keep_key_values=False)[0]
+        return self._run_causal(tokens, where, segment_ids, keep_key_values=False)[0]
 
     def prefill(
-        self, tokens: Int[Array, "q s"], where: Bool[Array, "q s"]
+        self,
+        tokens: Int[Array, "q s"],
+        where: Bool[Array, "q s"],
+        *,
+        segment_ids: Int[Array, "q s"] | None = None,
     ) -> tuple[Float[Array, "q s d"], KeyValues]:
         """Like a call, and keeps every layer's keys and values for `attend_prefix`."""
-        hidden, (k, v) = self._run_causal(tokens, where, keep_key_values=True)
-        return hidden, KeyValues(k, v, where)
+        hidden, (k, v) = self._run_causal(tokens, where, segment_ids, keep_key_values=True)
+        return hidden, KeyValues(k, v, where, segment_ids)
 
     def attend_prefix(
         self,
@@ -201,6 +216,7 @@ class Decoder(nnx.Module):
         prefix: KeyValues,
         *,
         segment_ids: Int[Array, "q c t"] | None = None,
+        prefix_ids: Int[Array, "q c t"] | None = None,
     ) -> Float[Array, "q c t d"]:
         """Hidden states of items that each follow their query's prefix and do not see one another.
 
@@ -210,13 +226,15 @@ class Decoder(nnx.Module):
         Args:
             segment_ids: where rows hold several items one after another, which of them a token belongs to;
                 they do not see one another either, and each starts right behind the prefix.
+            prefix_ids: where the prefix has segments, which of them a token follows.
         """
         self._check_length(prefix.where.shape[-1] + tokens.shape[-1])
-        mask, counts = causal_mask(where), _count(where)
-        if segment_ids is not None:
-            mask &= segment_ids[..., :, None] == segment_ids[..., None, :]
-            counts -= _first_count(counts, segment_ids)
-        start = prefix.length[:, None, None]
+        mask, counts = _within(where, segment_ids)
+        follows = prefix.where[:, None, None]
+        if prefix_ids is not None:
+            assert prefix.segment_ids is not None, "prefix_ids need a prefix with segments"
+            follows &= prefix.segment_ids[:, None, None] == prefix_ids[..., None]
+        start = jnp.sum(follows, axis=-1, dtype=jnp.int32)
 
         def attend(layer_prefix, queries, keys, values):
             shared_keys, shared_values = layer_prefix
@@ -227,7 +245,7 @@ class Decoder(nnx.Module):
                 mask,
                 prefix_keys=shared_keys,
                 prefix_values=shared_values,
-                prefix_where=prefix.where,
+                prefix_mask=follows,
             )
 
         return self._run(tokens, start + counts, attend, (prefix.k, prefix.v), keep_key_values=False)[0]
@@ -245,14 +263,16 @@ class Decoder(nnx.Module):
         table = table.astype(hidden.dtype)
         return jnp.einsum(equation, hidden, table, precision=precision, preferred_element_type=jnp.float32)
 
-    def _run_causal(self, tokens: Array, where: Array, *, keep_key_values: bool) -> tuple[Array, tuple]:
+    def _run_causal(
+        self, tokens: Array, where: Array, segment_ids: Array | None, *, keep_key_values: bool
+    ) -> tuple[Array, tuple]:
         self._check_length(tokens.shape[-1])
-        mask = causal_mask(where)
+        mask, positions = _within(where, segment_ids)
 
         def attend(_, queries, keys, values):
             return dense_attention(queries, keys, values, mask)
 
-        return self._run(tokens, _count(where), attend, (), keep_key_values=keep_key_values)
+        return self._run(tokens, positions, attend, (), keep_key_values=keep_key_values)
 
     def _run(
         self, tokens: Array, positions: Array, attend: Callable, per_layer: tuple, *, keep_key_values: bool
@@ -297,12 +317,16 @@ def last_hidden(hidden: Float[Array, "*b t d"], where: Bool[Array, "*b t"]) -> F
     return jnp.take_along_axis(hidden, last[..., None, None], axis=-2)[..., 0, :]
 
 
-def _count(where: Array) -> Array:
-    """Positions from 0 over the kept tokens; padding repeats its predecessor's."""
-    return jnp.maximum(jnp.cumsum(where, axis=-1, dtype=jnp.int32) - 1, 0)
+def at_ends(hidden: Float[Array, "g r t d"], ends: Int[Array, "*g c"]) -> Float[Array, "*g c d"]:
+    """The hidden states at `ends`, places in a group's rows put end to end (see `data.batches.pack_tokens`)."""
+    rows = hidden.reshape(hidden.shape[0], -1, hidden.shape[-1])  # [g (r t) d]
+    places = ends.reshape(hidden.shape[0], -1, 1)
+    return jnp.take_along_axis(rows, places, axis=1).reshape(*ends.shape, hidden.shape[-1])
 
 
-def _first_count(counts: Array, segment_ids: Array) -> Array:
-    """For each position, the count of the first one of its segment."""
-    is_first = jnp.diff(segment_ids, axis=-1, prepend=segment_ids[..., :1] - 1) != 0
-    return jax.lax.cummax(jnp.where(is_first, counts, 0), axis=counts.ndim - 1)
+def _within(where: Array, segment_ids: Array | None) -> tuple[Array, Array]:
+    """What each position sees, and its place from 0: over the kept tokens, or in its segment."""
+    mask = causal_mask(where)
+    if segment_ids is not None:
+        return mask & segment_mask(segment_ids), segment_positions(segment_ids)
+    return mask, jnp.maximum(jnp.cumsum(where, axis=-1, dtype=jnp.int32) - 1, 0)

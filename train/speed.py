@@ -1,0 +1,88 @@
+"""Timing, and what a device could do at most: repeats and their spread, the peak of a matrix product, FLOPs a token.
+
+Model FLOPs utilisation (MFU) = tokens/s x `flops_per_token` / `matmul_peak`. Tokens are real ones, so padding lowers
+it; attention products and recomputation are not counted, so it never flatters.
+"""
+
+import functools
+import math
+import statistics
+import time
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from jaxsearch.nn.layers import matmul_precision
+from jaxsearch.sharding import flatten_state, param_axes
+
+PEAK_SIZES = (512, 1024, 2048, 4096, 8192)
+PEAK_SECONDS = 0.008
+"""The first of the sizes whose product takes this long stands for the peak, else the largest."""
+PEAK_REPEATS = 3
+TABLE_AXES = {"vocab", "positions"}
+"""Axes of tables that tokens look up and are not multiplied with; a head is read at a few rows only."""
+
+
+def timed(call: Callable[[], Any], repeats: int) -> list[float]:
+    """Seconds of each run after a warm-up, each waited for."""
+    jax.block_until_ready(call())
+    seconds = []
+    for _ in range(repeats):
+        started = time.perf_counter()
+        jax.block_until_ready(call())
+        seconds.append(time.perf_counter() - started)
+    return seconds
+
+
+def spread(values: list[float]) -> dict[str, float]:
+    return {"median": statistics.median(values), "minimum": min(values), "maximum": max(values)}
+
+
+def matmul_rates(dtype: str, size: int, repeats: int) -> list[float]:
+    """FLOP/s of one device in products of two square matrices, summed in float32 as the networks' are."""
+    left = jax.random.normal(jax.random.key(0), (size, size), jnp.dtype(dtype))
+    precision = matmul_precision(left.dtype)
+    product = jax.jit(lambda x: jnp.dot(x, x, precision=precision, preferred_element_type=jnp.float32))
+    return [2 * size**3 / seconds for seconds in timed(lambda: product(left), repeats)]
+
+
+@functools.cache
+def matmul_peak(dtype: str) -> float:
+    """FLOP/s of all devices together, by the best of a few products on one: what shares are stated of.
+
+    Measured once a process. Simulated devices share one CPU, and count as one.
+    """
+    best = 0.0
+    for size in PEAK_SIZES:
+        best = max(matmul_rates(dtype, size, PEAK_REPEATS))
+        if 2 * size**3 / best >= PEAK_SECONDS:
+            break
+    return best * (jax.process_count() if jax.default_backend() == "cpu" else jax.device_count())
+
+
+def kernels(state: nnx.State) -> dict[str, bool]:
+    """True for what is a matrix or a table; vectors stay vectors when layers are stacked."""
+    flat = flatten_state(state)
+    return {
+        name: (sum(axis != "layers" for axis in axes) if axes else flat[name].ndim) >= 2
+        for name, axes in param_axes(state).items()
+    }
+
+
+def flops_per_token(model: nnx.Module, trainable: Any) -> int:
+    """Of one training step: two a weight forwards, two for the gradient of what comes in, two more where it is trained.
+
+    Example: three by five weights, all trained.
+        >>> flops_per_token(nnx.Linear(3, 5, rngs=nnx.Rngs(0)), nnx.Param)
+        90
+    """
+    _, trained, rest = nnx.split(model, trainable, ...)
+    return sum(
+        factor * math.prod(array.shape)
+        for state, factor in ((trained, 6), (rest, 4))
+        for name, array in flatten_state(state).items()
+        if kernels(state)[name] and not TABLE_AXES & set(param_axes(state)[name] or ())
+    )
