@@ -20,7 +20,7 @@ RUN := $(VENV)/bin/python
 READY := $(VENV)/.ready
 PARITY_READY := $(PARITY_VENV)/.ready
 
-.PHONY: help install demo serve reference test check parity format clean
+.PHONY: help install demo serve reference test check parity throughput format clean
 .DELETE_ON_ERROR:
 
 help:  ## this list
@@ -49,6 +49,9 @@ check: $(READY)  ## format, lint, types, import floors and budgets
 
 parity: $(PARITY_READY)  ## the networks against torch and transformers, in an environment of their own
 	$(PARITY_VENV)/bin/python -m pytest -o addopts='-q --strict-markers' tests/parity
+
+throughput: $(PARITY_READY)  ## training steps beside torch's; the table is docs/results/throughput
+	$(PARITY_VENV)/bin/python -m train.throughput --config configs/throughput.py --workdir work/throughput $(QUICK_FLAG)
 
 format: $(READY)  ## applies what `make check` asks of the form
 	$(RUN) -m ruff format .

@@ -91,13 +91,21 @@ class EncoderLoss:
     margin_weight: float = 0.2
 
     def __call__(self, encoder: Encoder, batch: EncoderBatch):
-        num_queries, per_query = batch.document_ends.shape
         ends = jnp.concatenate([batch.query_ends, batch.document_ends.reshape(-1)])
         embeds = encoder.packed(batch.tokens, batch.segment_ids, ends)
-        queries, flat = embeds[:num_queries], embeds[num_queries:]  # [q e], [q*m e]
+        num_queries = batch.query_ends.shape[0]
+        total, count, metrics = self.of_vectors(embeds[:num_queries], embeds[num_queries:], batch.allowed)
+        return total, count, metrics | losses.token_counts(batch.segment_ids > 0)
+
+    def of_vectors(
+        self, queries: Float[Array, "q e"], flat: Float[Array, "n e"], allowed: Bool[Array, "q n"]
+    ):
+        """The same from the vectors of queries and documents."""
+        num_queries = queries.shape[0]
+        per_query = flat.shape[0] // num_queries
         positive_index = jnp.arange(num_queries, dtype=jnp.int32) * per_query
         contrastive = losses.info_nce(
-            queries, flat, positive_index, temperature=self.temperature, where=batch.allowed
+            queries, flat, positive_index, temperature=self.temperature, where=allowed
         )
         own = jnp.einsum("qe,qme->qm", queries, flat.reshape(num_queries, per_query, -1))
         positives, negatives = jnp.broadcast_to(own[:, :1], own[:, 1:].shape), own[:, 1:]
@@ -108,7 +116,6 @@ class EncoderLoss:
             "info_nce": contrastive.mean(),
             "margin": margins.mean(),
             "own_accuracy": hits.mean(dtype=jnp.float32),
-            **losses.token_counts(batch.segment_ids > 0),
         }
         return (contrastive + self.margin_weight * margins).sum(), count, metrics
 

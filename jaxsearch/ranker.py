@@ -92,6 +92,11 @@ class RankerLoss:
         logits = ranker(
             batch.prefix_tokens, batch.prefix_ids, batch.item_tokens, batch.segment_ids, batch.ends
         )
+        total, count, metrics = self.of_logits(logits, batch)
+        return total, count, metrics | losses.token_counts(batch.prefix_ids > 0, batch.segment_ids > 0)
+
+    def of_logits(self, logits: Float[Array, "g q c"], batch: RankerBatch):
+        """The same from the ranker's logits and the labels of the batch."""
         teacher = losses.binary_distillation(logits, batch.teacher, where=batch.teacher_where)
         gold = losses.binary_distillation(logits, batch.gold, where=batch.gold_where)
         use_gold = batch.gold_where if self.gold_weight > 0 else jnp.zeros_like(batch.gold_where)
@@ -110,7 +115,6 @@ class RankerLoss:
             "gold": _mean(gold, batch.gold_where).mean(),
             "listwise": listwise.mean(),
             "labelled_share": batch.teacher_where.mean(dtype=jnp.float32),
-            **losses.token_counts(batch.prefix_ids > 0, batch.segment_ids > 0),
         }
         return per_query.sum(), count, metrics
 

@@ -28,7 +28,7 @@ from jaxsearch.retrieval.exact import ExactIndex
 from jaxsearch.scoring.prefill import PrefillScorer, ScoreRequest
 from train.config import Count
 from train.options import run
-from train.speed import flops_per_token, matmul_rates, spread, timed
+from train.speed import commit, flops_per_token, matmul_rates, spread, timed
 from train.step import MeshConfig, OptimizerConfig, TrainStep
 
 LABEL_IDS = (9, 10)
@@ -201,13 +201,6 @@ def retrieval(config: GpuSuiteConfig) -> dict[str, Any]:
         "query_documents_per_second": spread([config.queries * config.documents / value for value in many]),
         "bytes_per_second_one_query": spread([size_bytes / value for value in one]),
     }
-
-
-def commit() -> str:
-    shown = subprocess.run(
-        ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False
-    )
-    return shown.stdout.strip() or "unknown"
 
 
 def markdown(report: dict[str, Any]) -> str:

@@ -33,6 +33,7 @@ from jaxsearch.data.verticals import Vertical
 from jaxsearch.encoder import TextEncoder
 from jaxsearch.errors import InputError
 from jaxsearch.files import write_json
+from jaxsearch.judge import load_judge
 from jaxsearch.nn.pruning import keep_layers
 from jaxsearch.ranker import Ranker, RankerBatch, RankerLoss, TextRanker, new_ranker, save_ranker
 from jaxsearch.scoring.prefill import PrefillScorer, ScoreRequest
@@ -43,6 +44,7 @@ from train.loop import LoopConfig, OptimizerConfig, fit
 from train.options import run, say
 from train.processes import leave_to_main
 from train.step import batch_pieces
+from train.teachers import Drawn, OnlineTeacher, Taught, TaughtLoss
 from train.workdir import claim
 
 
@@ -67,7 +69,9 @@ class RankerConfig:
     use_remat: bool = False
     """Recompute layers in the backward pass: less memory for more time."""
     labels: str = "work/labels"
-    """Workdir of train.label; empty: no teacher."""
+    """Workdir of train.label; empty: no stored labels."""
+    teacher: str = ""
+    """Folder of a judge that grades every candidate inside the step, in place of stored labels."""
     retriever: str = "minilm"
     """Whose best documents become hard negatives and are re-ranked for validation."""
     use_gold: bool = True
@@ -144,29 +148,34 @@ class RankerData:
             chosen += [key for key in drawn if key not in chosen][: count - len(chosen)]
         return chosen
 
+    def drawn(self, step: int) -> list[Drawn]:
+        """The queries of a step and their candidates."""
+        rng = np.random.default_rng((self.config.seed, step))
+        rows = shuffled(len(self.queries), self.config.batch_queries, step, seed=self.config.seed)
+        return [(self.queries[i], self.candidates(self.queries[i], step, rng)) for i in rows]
+
     def batch(self, step: int) -> RankerBatch:
+        return self.batch_of(self.drawn(step))
+
+    def batch_of(self, drawn: Sequence[Drawn]) -> RankerBatch:
         config = self.config
-        rng = np.random.default_rng((config.seed, step))
-        rows = shuffled(len(self.queries), config.batch_queries, step, seed=config.seed)
-        query_ids = [self.queries[i] for i in rows]
         width = config.candidates_per_query
-        shape = (len(query_ids), width)
+        shape = (len(drawn), width)
         grouped = (self.groups, -1, width)
         teacher, gold = np.zeros(shape, np.float32), np.zeros(shape, np.float32)
         teacher_where, gold_where = np.zeros(shape, bool), np.zeros(shape, bool)
         lists: list[list[Sequence[int]]] = []
-        for i, query_id in enumerate(query_ids):
-            keys = self.candidates(query_id, step, rng)
+        for i, (query_id, keys) in enumerate(drawn):
             lists.append([*(self.items[key] for key in keys), *[()] * (width - len(keys))])
             gold_where[i, : len(keys)] = config.use_gold
             for j, key in enumerate(keys):
                 gold[i, j] = self.sampler.grade(query_id, key) / MAX_GRADE
                 if (query_id, key) in self.teacher:
                     teacher[i, j], teacher_where[i, j] = self.teacher[query_id, key], True
-        per_group = len(query_ids) // self.groups
-        starts = range(0, len(query_ids), per_group)
+        per_group = len(drawn) // self.groups
+        starts = range(0, len(drawn), per_group)
         prefix_tokens, prefix_ids, _ = pack_tokens(
-            [[self.prefixes[key] for key in query_ids[start : start + per_group]] for start in starts],
+            [[self.prefixes[key] for key, _ in drawn[start : start + per_group]] for start in starts],
             rows=1,
             pad_id=self.pad_id,
             lengths=multiples(64, per_group * config.max_shared_tokens),
@@ -222,17 +231,19 @@ class Validation:
         self.retriever_metrics = validate(collection, vertical, self.queries, self.candidates)
         self.scorer = offline_scorer(ranker)
 
-    def __call__(self, model: Ranker) -> dict[str, float]:
+    def __call__(self, model: Ranker | Taught) -> dict[str, float]:
+        model = model.ranker if isinstance(model, Taught) else model
         self.scorer.use_weights(model.decoder)
         reranked = rerank(self.ranker, self.scorer, self.collection, self.vertical, self.candidates)
         return validate(self.collection, self.vertical, self.queries, reranked)
 
 
 def is_trained(use_frozen_embeddings: bool):
-    """NNX filter: every parameter, but for the token embeddings where they are frozen."""
+    """NNX filter: every parameter of the ranker, but for the token embeddings where they are frozen."""
 
     def accepts(path: Sequence[str], value: object) -> bool:
-        return isinstance(value, nnx.Param) and not (use_frozen_embeddings and "embed_tokens" in path)
+        is_frozen = "judge" in path or (use_frozen_embeddings and "embed_tokens" in path)
+        return isinstance(value, nnx.Param) and not is_frozen
 
     return accepts
 
@@ -240,6 +251,7 @@ def is_trained(use_frozen_embeddings: bool):
 def main(config: RankerConfig, workdir: Path) -> None:
     collection, vertical = load_data(config, needs=("train", "validation"), view=config.view)
     labels = read_labels(config.labels, data=collection.fingerprint()) if config.labels else []
+    judge = load_judge(config.teacher, dtype=config.dtype) if config.teacher else None
     base, retriever = resolve(config.base), load_retriever(config.retriever)
     claim(
         workdir,
@@ -247,6 +259,7 @@ def main(config: RankerConfig, workdir: Path) -> None:
         data=collection.fingerprint(),
         vertical=vertical.fingerprint(),
         judge=labels[0].judge_version if labels else "none",
+        teacher=judge.version if judge else "none",
         base=model_version(base),
         retriever=retriever.version,
     )
@@ -264,10 +277,15 @@ def main(config: RankerConfig, workdir: Path) -> None:
     )
     data = RankerData(ranker, collection, vertical, mined, labels, config)
     evaluate = Validation(ranker, collection, vertical, retriever, config)
+    model, loss, make_batch = ranker.ranker, config.loss, data.batch
+    if judge is not None:
+        teacher = OnlineTeacher(judge, collection, vertical, drawn=data.drawn, batch_of=data.batch_of)
+        model, make_batch = Taught(model, judge.judge), teacher.batch
+        loss = TaughtLoss(loss, teacher.policy_tokens)
     result = fit(
-        ranker.ranker,
-        config.loss,
-        step_batches(data.batch, provider=config.provider),
+        model,
+        loss,
+        step_batches(make_batch, provider=config.provider),
         loop=config.loop,
         optimizer=config.optimizer,
         dtype=config.dtype,
@@ -281,6 +299,7 @@ def main(config: RankerConfig, workdir: Path) -> None:
         "retriever": evaluate.retriever_metrics,
         "steps": result.step,
         "labels": len(labels),
+        "teacher": judge.version if judge else "none",
     }
     trained = {
         **origin(config.base, collection),

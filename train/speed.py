@@ -7,6 +7,7 @@ it; attention products and recomputation are not counted, so it never flatters.
 import functools
 import math
 import statistics
+import subprocess
 import time
 from collections.abc import Callable
 from typing import Any
@@ -86,3 +87,11 @@ def flops_per_token(model: nnx.Module, trainable: Any) -> int:
         for name, array in flatten_state(state).items()
         if kernels(state)[name] and not TABLE_AXES & set(param_axes(state)[name] or ())
     )
+
+
+def commit() -> str:
+    """Of the source that runs, as Git abbreviates it."""
+    shown = subprocess.run(
+        ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False
+    )
+    return shown.stdout.strip() or "unknown"
