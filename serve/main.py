@@ -8,6 +8,7 @@ self-test has passed. SIGTERM answers what was accepted, then stops.
 
 import argparse
 import os
+import signal
 import socket
 import sys
 
@@ -76,6 +77,8 @@ def serve(options: argparse.Namespace, console: rich.console.Console) -> None:
     config = uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=SHUTDOWN_SECONDS)
     server = uvicorn.Server(config)
     console.print(f"{engine.bundle.name} on {address}, compiling ...", soft_wrap=True)
+    # uvicorn raises the signal again once it has stopped: SIGTERM then ends here, and the exit code is 0.
+    signal.signal(signal.SIGTERM, lambda *_: setattr(server, "should_exit", True))
     server.run(sockets=[listener])
     if engine.failure is not None:
         raise InputError(f"not ready: {engine.failure}")

@@ -5,6 +5,7 @@ warnings. Nothing here touches the engine.
 """
 
 import difflib
+from collections.abc import Mapping
 from typing import Annotated, Any, ClassVar, Literal, TypeVar
 
 import orjson
@@ -15,6 +16,8 @@ MAX_ITEMS = 1000
 MAX_BODY_BYTES = 32 * 2**20
 MAX_TOP_K = 1000
 MAX_DEPTH = 1000
+TEI_KINDS = {400: "Empty", 424: "Backend", 429: "Overloaded", 503: "Overloaded"}
+"""What TEI's clients read of a status; "Validation" is that of all others."""
 
 
 class RequestError(Exception):
@@ -163,13 +166,33 @@ def validate(
     return typed, [f"unknown field {name!r} was ignored" for name in unknown]
 
 
+def error_dialect(path: str, body: Mapping[str, Any]) -> str:
+    """Whose errors the client reads: "openai" for embeddings, "tei" for its paths and bodies, else "rerank"."""
+    if path.endswith("/embeddings"):
+        return "openai"
+    return "tei" if path == "/embed" or (path == "/rerank" and "texts" in body) else "rerank"
+
+
+def as_tei(error: RequestError) -> RequestError:
+    """The error with TEI's status: 422 for a body that is JSON and does not validate, 424 for a failure of ours."""
+    unread = ("invalid_json", "empty_input")
+    status = {400: 400 if error.code in unread else 422, 500: 424}.get(error.status, error.status)
+    return RequestError(
+        status,
+        error.message,
+        code=error.code,
+        param=error.param,
+        retry_after_seconds=error.retry_after_seconds,
+    )
+
+
 def error_body(error: RequestError, *, dialect: str, request_id: str) -> dict[str, Any]:
-    """The error as the path's clients expect it: "openai" for embeddings, "tei" for /embed, "rerank" for all others."""
+    """The error as clients of that dialect (see `error_dialect`) read it."""
     kind = "server_error" if error.status >= 500 else "invalid_request_error"
     if error.status in (429, 503):
         kind = "overloaded_error"
     if dialect == "tei":
-        return {"error": error.message, "error_type": kind}
+        return {"error": error.message, "error_type": TEI_KINDS.get(error.status, "Validation")}
     if dialect == "openai":
         return {"error": {"message": error.message, "type": kind, "param": error.param, "code": error.code}}
     return {

@@ -39,7 +39,9 @@ from serve.protocol import (
     RequestError,
     ScoreBody,
     SearchBody,
+    as_tei,
     error_body,
+    error_dialect,
     parse,
     to_json,
 )
@@ -61,6 +63,7 @@ async def _answer(
     path = request.url.path
     request_id = request.headers.get("x-request-id") or uuid.uuid4().hex
     headers = {"x-request-id": request_id[:128], "x-model-revision": service.engine.bundle.revision}
+    body: dict[str, Any] = {}
     try:
         _check_ready(service.engine)
         raw = await _read_body(request, service.limits.max_body_bytes)
@@ -81,13 +84,16 @@ async def _answer(
         status, content = 499, b""
     except Exception as error:  # every failure is told in the dialect of the path, and the server lives on
         refusal = _as_request_error(error, request_id)
-        dialect = "openai" if path.endswith("/embeddings") else "tei" if path == "/embed" else "rerank"
+        dialect = error_dialect(path, body)
+        if dialect == "tei":
+            refusal = as_tei(refusal)
         status = refusal.status
         content = to_json(error_body(refusal, dialect=dialect, request_id=request_id))
         if refusal.retry_after_seconds is not None:
             headers["retry-after"] = str(math.ceil(refusal.retry_after_seconds))
             headers["retry-after-ms"] = str(math.ceil(1000 * refusal.retry_after_seconds))
     service.engine.telemetry.requests.labels(path, str(status)).inc()
+    service.engine.telemetry.request_seconds.labels(path).observe(time.perf_counter() - begun)
     return Response(content, status, headers, media_type="application/json")
 
 

@@ -19,7 +19,7 @@ from jaxtyping import Bool
 
 from jaxsearch.errors import InputError
 from jaxsearch.retrieval import NO_DOCUMENT
-from jaxsearch.retrieval.fusion import reciprocal_rank_fusion
+from jaxsearch.retrieval.fusion import RANK_CONSTANT, reciprocal_rank_fusion
 from jaxsearch.retrieval.lexical import Bm25Index
 from jaxsearch.scoring.prefill import ScoreRequest
 from serve.batcher import Outcome
@@ -217,7 +217,10 @@ class Searcher:
                 result["score"] = candidates.fused[place]
             if body.explain:
                 result["explain"] = {
-                    "sources": {name: {"rank": r, "score": s} for name, (r, s) in found.items()},
+                    "sources": {
+                        name: {"rank": r, "score": s, "fusion_term": 1.0 / (RANK_CONSTANT + r)}
+                        for name, (r, s) in found.items()
+                    },
                     "fused": {"rank": place + 1, "score": candidates.fused[place]},
                     "tokens": len(self._items[position][0]) if place < depth else None,
                 }

@@ -39,6 +39,13 @@ class Telemetry:
         self.stage_seconds = Histogram(
             "stage_seconds", "Seconds per stage", ["stage"], buckets=STAGE_SECONDS, registry=registry
         )
+        self.request_seconds = Histogram(
+            "request_seconds",
+            "Seconds from a request's first byte to its answer, by path",
+            ["path"],
+            buckets=STAGE_SECONDS,
+            registry=registry,
+        )
         self._is_armed = False
         jax.monitoring.register_event_duration_secs_listener(self._on_event)
 

@@ -36,7 +36,7 @@ def test_overload_is_429_with_a_retry_after_that_works(bundle_directory, tmp_pat
                 assert not flight.done()
             process.send_signal(signal.SIGTERM)
             assert flight.result(60).status_code == 200
-        process.wait(60)
+        assert process.wait(60) == 0
 
 
 @pytest.fixture

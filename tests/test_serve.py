@@ -93,7 +93,11 @@ def test_rerank_as_mixedbread_and_tei_say_it(server, bundle, scorer):
     assert [row["index"] for row in listed] == order
     assert [row["score"] for row in listed] == pytest.approx(raw[order].tolist(), abs=1e-5)
     refused = server.post("/rerank", json={"query": "bread", "texts": TEXTS, "truncate": False})
-    assert (refused.status_code, "truncate" in refused.json()["message"]) == (400, True)
+    assert refused.status_code == 422
+    assert "truncate" in refused.json()["error"]
+    assert refused.json()["error_type"] == "Validation"
+    empty = server.post("/rerank", json={"query": "bread", "texts": []})
+    assert (empty.status_code, empty.json()["error_type"]) == (400, "Empty")
 
 
 def test_score_with_the_rankers_prompt_in_two_dialects(server, bundle, scorer):
@@ -152,6 +156,8 @@ def test_search_retrieves_ranks_and_calibrates(server, bundle, scorer):
         assert result["score"] == scores["calibrated"]
         assert ("bm25" in result["matched"]) == (result["id"] in ("coder", "miner"))
         assert result["explain"]["sources"].keys() == set(result["matched"])
+        terms = [found["fusion_term"] for found in result["explain"]["sources"].values()]
+        assert sum(terms) == pytest.approx(result["explain"]["fused"]["score"], rel=1e-12)
     assert reply["results"][0]["fields"] == dict(bundle.documents[[*raw].index(order[0])].fields)
     assert reply["total"] == 5
     assert reply["starved"] is False

@@ -58,9 +58,9 @@ class ThroughputConfig:
     ranker: RankerConfig = dataclasses.field(default_factory=RankerConfig)
     encoder: EncoderConfig = dataclasses.field(default_factory=EncoderConfig)
     dtypes: tuple[str, ...] = ("float32", "bfloat16")
-    num_batches: Count = 3
+    num_batches: Count = 2
     """Different batches; a repeat takes a step with each."""
-    repeats: Count = 5
+    repeats: Count = 4
 
 
 @dataclasses.dataclass(frozen=True)

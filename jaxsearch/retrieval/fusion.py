@@ -9,6 +9,9 @@ from jaxsearch.data.records import Qrels, Run
 from jaxsearch.errors import InputError
 from jaxsearch.metrics import rank_documents, rank_metrics
 
+RANK_CONSTANT = 60.0
+"""Of reciprocal rank fusion: the larger, the less the first ranks stand out."""
+
 
 class FittedWeight(NamedTuple):
     """The best weight of the first system, the metric it reached, and the whole curve {weight: metric}."""
@@ -18,7 +21,7 @@ class FittedWeight(NamedTuple):
     curve: dict[float, float]
 
 
-def reciprocal_rank_fusion(runs: Sequence[Run], *, constant: float = 60.0) -> Run:
+def reciprocal_rank_fusion(runs: Sequence[Run], *, constant: float = RANK_CONSTANT) -> Run:
     """Sum over runs of 1 / (constant + rank), rank from 1; a run without the document adds nothing.
 
     Source: Cormack, Clarke, Buettcher, "Reciprocal Rank Fusion outperforms Condorcet and individual Rank

@@ -77,14 +77,16 @@ function showTiles(info, samples, now) {
     tile("Texts cut", sum(samples, "truncated_items_total").toLocaleString(), `of ${sum(samples, "items_scored_total").toLocaleString()} items scored`));
 }
 
-function showStages(samples) {
-  const names = [...new Set(samples.filter((sample) => sample.name === "stage_seconds_count").map((sample) => sample.labels.stage))];
-  const rows = names.map((stage) => {
-    const buckets = bucketsOf(samples, "stage_seconds", { stage });
-    const count = sum(samples, "stage_seconds_count", { stage });
-    return [stage, count.toLocaleString(), seconds(sum(samples, "stage_seconds_sum", { stage }) / count), ...[0.5, 0.95, 0.99].map((share) => seconds(quantile(buckets, share)))];
+/** A histogram's rows, one for each value of its label. */
+function showTimes(samples, name, label, place) {
+  const names = [...new Set(samples.filter((sample) => sample.name === `${name}_count`).map((sample) => sample.labels[label]))];
+  const rows = names.map((value) => {
+    const labels = { [label]: value };
+    const buckets = bucketsOf(samples, name, labels);
+    const count = sum(samples, `${name}_count`, labels);
+    return [value, count.toLocaleString(), seconds(sum(samples, `${name}_sum`, labels) / count), ...[0.5, 0.95, 0.99].map((share) => seconds(quantile(buckets, share)))];
   });
-  byId("stages").replaceChildren(rows.length ? table(["stage", "requests", "mean", "p50", "p95", "p99"], rows)
+  byId(place).replaceChildren(rows.length ? table([label, "requests", "mean", "p50", "p95", "p99"], rows)
     : element("p", { className: "quiet" }, "No request yet. Percentiles are read from histogram buckets."));
 }
 
@@ -105,7 +107,8 @@ async function refresh() {
     const samples = parseMetrics(text), now = performance.now();
     byId("served").textContent = `${info.name} · model ${info.model_revision}`;
     showTiles(info, samples, now);
-    showStages(samples);
+    showTimes(samples, "stage_seconds", "stage", "stages");
+    showTimes(samples, "request_seconds", "path", "latency");
     showRequests(samples);
     showQuality(info);
     before = { samples, now };

@@ -170,6 +170,9 @@ def test_status_shows_the_servers_own_metrics(page):
     asked = page.request.get("/metrics").text()
     assert f'requests_total{{path="/v1/search",status="200"}} {counted.nth(2).inner_text()}.0' in asked
     expect(page.locator("#stages").get_by_role("row").filter(has_text="rank")).to_be_visible()
+    by_path = page.locator("#latency").get_by_role("row").filter(has_text="/v1/search").locator("td")
+    assert int(by_path.nth(1).inner_text()) >= int(counted.nth(2).inner_text())  # of every status
+    expect(by_path.nth(4)).to_contain_text("s")
 
 
 def test_the_api_page_works_without_the_internet(page):
