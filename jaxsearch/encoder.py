@@ -43,40 +43,41 @@ class Encoder(nnx.Module):
         """Unit vectors in float32. A row without any real token gives a zero vector."""
         hidden = self.backbone(tokens, where=where)
         if self.pooling == "last":
-            return _unit(last_hidden(hidden, where).astype(jnp.float32))
+            last = last_hidden(hidden, where).astype(jnp.float32)
+            return _unit(jnp.where(where.any(axis=-1, keepdims=True), last, 0.0))
         weights = where.astype(jnp.float32)
         total = jnp.einsum("btd,bt->bd", hidden.astype(jnp.float32), weights)
         return _unit(total / jnp.maximum(weights.sum(axis=-1, keepdims=True), 1.0))
 
     def packed(
-        self, tokens: Int[Array, "r t"], segment_ids: Int[Array, "r t"], ends: Int[Array, "n"]
-    ) -> Float[Array, "n e"]:
-        """The same vectors for n texts that `data.batches.pack_tokens` has put one after another into r rows."""
+        self, tokens: Int[Array, "w t"], segment_ids: Int[Array, "w t"], ends: Int[Array, "m"]
+    ) -> Float[Array, "m e"]:
+        """The same vectors for m texts that `data.batches.pack_tokens` has put one after another into w rows."""
         hidden = self.backbone(tokens, where=segment_ids > 0, segment_ids=segment_ids)
         states = hidden.reshape(-1, hidden.shape[-1]).astype(jnp.float32)
-        if self.pooling == "last":
-            return _unit(states[ends])
         flat, most = segment_ids.reshape(-1), ends.shape[0] + 1
-        total = jax.ops.segment_sum(states, flat, num_segments=most)[1:]
-        sizes = jax.ops.segment_sum(jnp.ones(flat.shape, jnp.float32), flat, num_segments=most)[1:]
-        return _unit(total / jnp.maximum(sizes[:, None], 1.0))
+        sizes = jax.ops.segment_sum(jnp.ones(flat.shape, jnp.float32), flat, num_segments=most)[1:, None]
+        if self.pooling == "last":
+            return _unit(jnp.where(sizes > 0, states[ends], 0.0))
+        return _unit(jax.ops.segment_sum(states, flat, num_segments=most)[1:] / jnp.maximum(sizes, 1.0))
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class EncoderBatch:
-    """q queries with m documents each, n = q * m in all, a query's first document its positive.
+    """q queries with c documents each, m = q * c in all, a query's first document its positive.
 
     Queries and then documents stand in rows as `data.batches.pack_tokens` puts one list there: `segment_ids` from 1
     (0: padding), `ends` the places of their last tokens in the rows put end to end. `allowed` (see
-    `data.batches.allowed_in_batch`) says which of the n may stand against a query.
+    `data.batches.allowed_in_batch`) says which of the m may stand against a query.
+    The rows are one group, so this batch is not cut into microbatches.
     """
 
-    tokens: Int[Any, "r t"]
-    segment_ids: Int[Any, "r t"]
+    tokens: Int[Any, "w t"]
+    segment_ids: Int[Any, "w t"]
     query_ends: Int[Any, "q"]
-    document_ends: Int[Any, "q m"]
-    allowed: Bool[Any, "q n"]
+    document_ends: Int[Any, "q c"]
+    allowed: Bool[Any, "q m"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -98,16 +99,16 @@ class EncoderLoss:
         return total, count, metrics | losses.token_counts(batch.segment_ids > 0)
 
     def of_vectors(
-        self, queries: Float[Array, "q e"], flat: Float[Array, "n e"], allowed: Bool[Array, "q n"]
+        self, queries: Float[Array, "q e"], flat: Float[Array, "m e"], allowed: Bool[Array, "q m"]
     ):
-        """The same from the vectors of queries and documents."""
+        """The same from unit vectors: Σ over queries, their number, means of the terms, in nats."""
         num_queries = queries.shape[0]
         per_query = flat.shape[0] // num_queries
         positive_index = jnp.arange(num_queries, dtype=jnp.int32) * per_query
         contrastive = losses.info_nce(
             queries, flat, positive_index, temperature=self.temperature, where=allowed
         )
-        own = jnp.einsum("qe,qme->qm", queries, flat.reshape(num_queries, per_query, -1))
+        own = jnp.einsum("qe,qce->qc", queries, flat.reshape(num_queries, per_query, -1))
         positives, negatives = jnp.broadcast_to(own[:, :1], own[:, 1:].shape), own[:, 1:]
         margins = losses.margin_loss(positives, negatives, margin=self.margin).mean(axis=-1)
         hits = (positives > negatives).all(axis=-1)

@@ -34,11 +34,11 @@ class Judge(nnx.Module):
     def __call__(
         self,
         policy_tokens: Int[Array, "p"],
-        tokens: Int[Array, "g r t"],
-        segment_ids: Int[Array, "g r t"],
-        ends: Int[Array, "g c"],
-    ) -> Float[Array, "g c 5"]:
-        """Float32 grade logits of g * c pairs that share one policy prefix. The arguments are those of `JudgeBatch`."""
+        tokens: Int[Array, "b w t"],
+        segment_ids: Int[Array, "b w t"],
+        ends: Int[Array, "b m"],
+    ) -> Float[Array, "b m 5"]:
+        """Float32 grade logits of b * m pairs that share one policy prefix. The arguments are those of `JudgeBatch`."""
         policy_where = jnp.ones((1, policy_tokens.shape[0]), bool)
         _, prefix = self.decoder.prefill(policy_tokens[None], policy_where)
         groups, rows, length = tokens.shape
@@ -51,12 +51,12 @@ class Judge(nnx.Module):
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class JudgeBatch:
-    """g groups of c pairs, packed as `data.batches.pack_tokens` does; the distributions that the judge should give."""
+    """b groups of m pairs, packed as `data.batches.pack_tokens` does; the distributions that the judge should give."""
 
-    tokens: Int[Any, "g r t"]
-    segment_ids: Int[Any, "g r t"]
-    ends: Int[Any, "g c"]
-    targets: Float[Any, "g c 5"]
+    tokens: Int[Any, "b w t"]
+    segment_ids: Int[Any, "b w t"]
+    ends: Int[Any, "b m"]
+    targets: Float[Any, "b m 5"]
 
 
 @dataclasses.dataclass(frozen=True)

@@ -32,12 +32,12 @@ class Ranker(nnx.Module):
 
     def __call__(
         self,
-        prefix_tokens: Int[Array, "g p"],
-        prefix_ids: Int[Array, "g p"],
-        item_tokens: Int[Array, "g r t"],
-        segment_ids: Int[Array, "g r t"],
-        ends: Int[Array, "g q c"],
-    ) -> Float[Array, "g q c"]:
+        prefix_tokens: Int[Array, "b p"],
+        prefix_ids: Int[Array, "b p"],
+        item_tokens: Int[Array, "b w t"],
+        segment_ids: Int[Array, "b w t"],
+        ends: Int[Array, "b q c"],
+    ) -> Float[Array, "b q c"]:
         """Float32 logits. The arguments are those of `RankerBatch`."""
         _, prefix = self.decoder.prefill(prefix_tokens, prefix_ids > 0, segment_ids=prefix_ids)
         per_query = ends.shape[-1]
@@ -55,23 +55,23 @@ class Ranker(nnx.Module):
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class RankerBatch:
-    """g groups of q queries with c candidates each; every label has its own `where`, so that any may be missing.
+    """b groups of q queries with c candidates each; every label has its own `where`, so that any may be missing.
 
     A group's prefixes stand one after another in one row, told apart by `prefix_ids` (1 for the first query; 0:
-    padding). Its candidates stand so in r rows, told apart by `segment_ids` (1 to c for the first query, and so on);
+    padding). Its candidates stand so in w rows, told apart by `segment_ids` (1 to c for the first query, and so on);
     `ends` are the places of their last tokens in the rows put end to end, any place for one that is missing.
     `teacher` is the judge's soft label in [0, 1]; `gold` is the human or derived grade divided by 4.
     """
 
-    prefix_tokens: Int[Any, "g p"]
-    prefix_ids: Int[Any, "g p"]
-    item_tokens: Int[Any, "g r t"]
-    segment_ids: Int[Any, "g r t"]
-    ends: Int[Any, "g q c"]
-    teacher: Float[Any, "g q c"]
-    teacher_where: Bool[Any, "g q c"]
-    gold: Float[Any, "g q c"]
-    gold_where: Bool[Any, "g q c"]
+    prefix_tokens: Int[Any, "b p"]
+    prefix_ids: Int[Any, "b p"]
+    item_tokens: Int[Any, "b w t"]
+    segment_ids: Int[Any, "b w t"]
+    ends: Int[Any, "b q c"]
+    teacher: Float[Any, "b q c"]
+    teacher_where: Bool[Any, "b q c"]
+    gold: Float[Any, "b q c"]
+    gold_where: Bool[Any, "b q c"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -95,8 +95,8 @@ class RankerLoss:
         total, count, metrics = self.of_logits(logits, batch)
         return total, count, metrics | losses.token_counts(batch.prefix_ids > 0, batch.segment_ids > 0)
 
-    def of_logits(self, logits: Float[Array, "g q c"], batch: RankerBatch):
-        """The same from the ranker's logits and the labels of the batch."""
+    def of_logits(self, logits: Float[Array, "b q c"], batch: RankerBatch):
+        """The same from logits and the batch's labels: Σ over queries, their number, means of the terms, in nats."""
         teacher = losses.binary_distillation(logits, batch.teacher, where=batch.teacher_where)
         gold = losses.binary_distillation(logits, batch.gold, where=batch.gold_where)
         use_gold = batch.gold_where if self.gold_weight > 0 else jnp.zeros_like(batch.gold_where)

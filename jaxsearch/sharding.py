@@ -79,6 +79,15 @@ def param_axes(model_or_state: nnx.Module | nnx.State) -> dict[str, tuple[str | 
     }
 
 
+def is_kernel(state: nnx.State) -> dict[str, bool]:
+    """{dotted name: whether it is a matrix or a table}; vectors stay vectors when layers are stacked."""
+    flat = flatten_state(state)
+    return {
+        name: (sum(axis != "layers" for axis in axes) if axes else flat[name].ndim) >= 2
+        for name, axes in param_axes(state).items()
+    }
+
+
 def param_shardings(model_or_state: nnx.Module | nnx.State, mesh: AnyMesh) -> dict[str, NamedSharding]:
     """{dotted name: sharding} for every variable, from the axes that its metadata names and `RULES`.
 

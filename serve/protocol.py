@@ -167,7 +167,10 @@ def validate(
 
 
 def error_dialect(path: str, body: Mapping[str, Any]) -> str:
-    """Whose errors the client reads: "openai" for embeddings, "tei" for its paths and bodies, else "rerank"."""
+    """Whose errors the client reads: "openai" for embeddings, "tei" for its path and bodies, else "rerank".
+
+    A body that could not be read is {}: on /rerank nobody knows then whose it was.
+    """
     if path.endswith("/embeddings"):
         return "openai"
     return "tei" if path == "/embed" or (path == "/rerank" and "texts" in body) else "rerank"

@@ -41,7 +41,7 @@ class Telemetry:
         )
         self.request_seconds = Histogram(
             "request_seconds",
-            "Seconds from a request's first byte to its answer, by path",
+            "Seconds from a request's headers to its answer, by path",
             ["path"],
             buckets=STAGE_SECONDS,
             registry=registry,

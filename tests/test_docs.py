@@ -68,7 +68,9 @@ def place(tmp_path, monkeypatch):
     )
     (tmp_path / "configs").symlink_to(ROOT / "configs")
     (tmp_path / "work" / "demo").mkdir(parents=True)
-    (tmp_path / "work" / "demo-quick").symlink_to("demo")  # where the quick variants look for each other's models
+    (tmp_path / "work" / "demo-quick").symlink_to(
+        "demo"
+    )  # where the quick variants look for each other's models
     monkeypatch.chdir(tmp_path)
     before = jax.config.jax_compilation_cache_dir
     yield parts

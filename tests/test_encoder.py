@@ -70,6 +70,10 @@ def test_packed_texts_have_the_vectors_that_they_have_alone(backbone, pooling):
     texts = [rng.integers(1, 40, size).tolist() for size in (3, 7, 1, 5, 2)]
     tokens, segment_ids, ends = map(jnp.asarray, pack_tokens([texts], rows=2, pad_id=0, lengths=(16,)))
     packed = nnx.jit(Encoder.packed)(encoder, tokens[0], segment_ids[0], ends[0])
+    empty = pack_tokens([[texts[0], []]], rows=1, pad_id=0, lengths=(16,))
+    zero = encoder.packed(*(jnp.asarray(array[0]) for array in empty))[1]
+    assert not zero.any()
+    assert not encoder(jnp.ones((1, 4), jnp.int32), jnp.zeros((1, 4), bool)).any()
     for text, vector in zip(texts, packed, strict=True):
         alone = encoder(jnp.asarray([text], jnp.int32), jnp.ones((1, len(text)), bool))
         np.testing.assert_allclose(vector, alone[0], atol=TOLERANCE)

@@ -3,6 +3,7 @@
 import io
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -18,8 +19,10 @@ import rich.console
 from flax import nnx
 
 from jaxsearch.errors import InputError
+from jaxsearch.losses import token_counts
 from tests.toy_training import Net, batch_of, batches, noisy_error, params_of, squared_error, train
 from train.loop import LoopConfig, fit
+from train.speed import flops_per_token, matmul_peak
 from train.step import MeshConfig, OptimizerConfig, TrainStep, learning_rate
 
 SGD_LIKE = OptimizerConfig(learning_rate=1e-2, schedule="constant")
@@ -326,3 +329,30 @@ def test_batches_that_cannot_be_used_are_refused(tmp_path):
             workdir=tmp_path / "b",
             **arguments,
         )
+
+
+def test_speed_padding_and_mfu_are_logged_and_said(tmp_path):
+    def counted(net, batch):
+        total, count, metrics = squared_error(net, batch)
+        return total, count, metrics | token_counts(batch["where"])
+
+    console = listener()
+    loop, seen = LoopConfig(num_steps=8, log_every=2), [batch_of(number)["where"] for number in range(8)]
+    fit(Net(), counted, batches, loop=loop, optimizer=SGD_LIKE, workdir=tmp_path, console=console)
+    logged = records(tmp_path)
+    assert [record["step"] for record in logged] == [2, 4, 6, 8]
+    kept, size = np.array([where.sum() for where in seen]), np.array([where.size for where in seen])
+    for record, (first, last) in zip(logged, [(0, 2), (2, 4), (4, 6), (6, 8)], strict=True):
+        share = 1 - kept[first:last].sum() / size[first:last].sum()
+        assert record["padding_share"] == pytest.approx(share, rel=1e-5)
+        assert record["mfu"] == pytest.approx(
+            record["tokens_per_second"] * flops_per_token(Net(), nnx.Param) / matmul_peak("float32"), rel=1e-9
+        )
+        assert 0 <= record["input_share"] <= 1
+    assert re.search(r"this run: [\d,]+ tokens/s, MFU \d+%, padding [\d.]+%", heard(console))
+
+
+def test_what_is_only_looked_up_or_frozen_costs_less():
+    net = Net()
+    assert flops_per_token(net, nnx.Param) == 6 * (4 * 8 + 8 * 1)
+    assert flops_per_token(net, lambda path, _: "out" in path) == 4 * 4 * 8 + 6 * 8

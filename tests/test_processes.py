@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import numpy as np
+import pytest
 
 from tests.toy_training import train
 
@@ -59,3 +60,29 @@ def test_two_processes_train_as_one_and_a_dead_one_stops_the_other(tmp_path):
     assert [status for status, _ in again] == [0, 0], again
     assert "resumed from step" in again[0][1]
     assert_as_one_process(tmp_path / "killed", whole)
+
+
+CHILD = """
+import pathlib, signal, sys, time
+def stop(*_):
+    pathlib.Path(sys.argv[1]).touch()
+    sys.exit(0)
+signal.signal(signal.SIGTERM, stop)
+print("begun", flush=True)
+time.sleep(60)
+"""
+PARENT = "import sys; from train.processes import run_child; run_child([sys.executable, '-c', *sys.argv[1:]])"
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_to_the_parent_alone_stops_the_child(tmp_path, number):
+    command = [sys.executable, "-c", PARENT, CHILD, str(tmp_path / "stopped")]
+    environment = os.environ | {"PYTHONPATH": str(ROOT.parent)}
+    with subprocess.Popen(
+        command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
+    ) as parent:
+        assert parent.stdout is not None
+        assert parent.stdout.readline() == "begun\n"
+        parent.send_signal(number)
+        parent.wait(TIMEOUT_SECONDS)
+    assert (tmp_path / "stopped").exists()

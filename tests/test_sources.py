@@ -260,9 +260,7 @@ def test_pairs(tmp_path: Path):
         file,
         [{"query_id": "q1", "document_id": 7}, {"query_id": "q1"}, {"query_id": "q1", "document_id": "7"}],
     )
-    with pytest.raises(
-        InputError, match=r"2 bad lines.*\n.*:2: query_id.*\n.*:3: pair \(q1, 7\) is there twice"
-    ):
+    with pytest.raises(InputError, match=r":2: query_id and document_id must be there"):
         read_pairs(file)
     assert read_pairs(file, skip_bad_lines=True) == [("q1", "7")]
     file.write_text("")

@@ -23,9 +23,10 @@ from train import encoder as encoder_trainer
 from train import judge as judge_trainer
 from train import label as labeller
 from train import ranker as ranker_trainer
-from train.inputs import load_data, load_retriever, mine
+from train.inputs import load_data, load_retriever, mine, offline_scorer
 from train.loop import LoopConfig
 from train.step import OptimizerConfig
+from train.teachers import OnlineTeacher, Taught, TaughtLoss
 
 OPTIMIZER = OptimizerConfig(learning_rate=1e-2)
 
@@ -288,3 +289,83 @@ def test_an_online_teacher_grades_what_nobody_labelled(world, tmp_path):
     assert all(record["teacher"] > 0 for record in trained)
     report = json.loads((tmp_path / "ranker" / "report.json").read_text())
     assert report["teacher"] == load_judge(world["judge"]).version
+
+
+def loss_in_groups(world, groups, labels=()):
+    """The ranker's loss of one batch of four queries, one with too few candidates, packed in so many groups."""
+    config = ranker_config(world, "")
+    ranker = load_ranker(world["ranker"])
+    collection, vertical = load_data(config, needs=("train",))
+    data = ranker_trainer.RankerData(ranker, collection, vertical, {}, labels, config)
+    drawn = data.draw(0)
+    drawn[1] = (drawn[1][0], drawn[1][1][:2])
+    data.groups = groups
+    batch = data.batch_of(drawn)
+    assert batch.gold.shape == (groups, 4 // groups, 4)
+    total, count, metrics = config.loss(ranker.ranker, batch)
+    return {"loss": float(total / count)} | {name: float(value) for name, value in metrics.items()}
+
+
+def test_a_batch_costs_the_same_in_any_number_of_groups(world):
+    whole = loss_in_groups(world, 1)
+    for groups in (2, 4):
+        parts = loss_in_groups(world, groups)
+        for name in whole.keys() - {"slots"}:
+            assert parts[name] == pytest.approx(whole[name], rel=1e-5), name  # measured maximum 2.4e-7
+
+
+def test_an_encoder_batch_costs_the_same_in_any_number_of_rows(world):
+    config = encoder_config(world)
+    encoder = load_encoder(world["encoder"])
+    collection, vertical = load_data(config, needs=("train",))
+    data = encoder_trainer.EncoderData(encoder, collection, vertical, {}, config)
+    totals = []
+    for pieces in (1, 8):
+        data.pieces = pieces
+        batch = data.batch(0)
+        assert batch.tokens.shape[0] % pieces == 0
+        totals.append(float(config.loss(encoder.encoder, batch)[0]))
+    assert totals[1] == pytest.approx(totals[0], rel=1e-5)  # measured 1e-7
+
+
+def test_an_online_teacher_gives_each_candidate_its_own_label(world):
+    config = ranker_config(world, "")
+    ranker, judge = load_ranker(world["ranker"]), load_judge(world["judge"])
+    collection, vertical = load_data(config, needs=("train",))
+    data = ranker_trainer.RankerData(ranker, collection, vertical, {}, [], config)
+    drawn = data.draw(0)
+    drawn[1] = (drawn[1][0], drawn[1][1][:2])
+    data.groups = 2
+    teacher = OnlineTeacher(judge, collection, vertical, draw=lambda _: drawn, batch_of=data.batch_of)
+    batch = teacher.batch(0)
+    seen = {}
+
+    class Spy:
+        def __call__(self, model, batch):
+            seen["teacher"], seen["where"] = batch.teacher, batch.teacher_where
+            return config.loss(model, batch)
+
+    TaughtLoss(Spy(), teacher.policy_tokens)(Taught(ranker.ranker, judge.judge), batch)
+    pairs = [(query_id, key) for query_id, keys in drawn for key in keys]
+    stored = labeller.label_pairs(judge, offline_scorer(judge), collection, vertical, pairs)
+    where = np.asarray(seen["where"])
+    assert where.sum() == len(pairs) == 14
+    np.testing.assert_allclose(
+        np.asarray(seen["teacher"])[where], [label.soft_label for label in stored], atol=2e-6
+    )  # measured 5e-7: stored labels have six decimals
+
+
+def test_labelled_queries_without_a_grade_are_learned_from(world, tmp_path):
+    config = ranker_config(world, "")
+    ranker = load_ranker(world["ranker"])
+    collection, vertical = load_data(config, needs=("train",))
+    query = next(query.id for query in collection.split("train"))
+    ungraded = dataclasses.replace(
+        collection, qrels={key: grades for key, grades in collection.qrels.items() if key != query}
+    )
+    label = labeller.Label(query, "wine1", (0, 0, 0, 0, 1.0), 4.0, 1.0, "judge", "prompt")
+    data = ranker_trainer.RankerData(ranker, ungraded, vertical, {}, [label], config)
+    assert query in data.queries
+    batch = data.batch_of([(query, data.candidates(query, 0, np.random.default_rng(0)))] * 4)
+    assert batch.teacher_where.sum() == 4
+    assert not batch.gold_where.any()

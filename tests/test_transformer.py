@@ -377,3 +377,13 @@ def test_impossible_shapes_are_refused(changes, message):
 def test_unsupported_scalings_are_refused(arguments, message):
     with pytest.raises(InputError, match=message):
         RopeScaling(**arguments)
+
+
+def test_a_prefix_with_segments_is_not_attended_as_one():
+    model, tokens = _model(), jnp.ones((1, 4), jnp.int32)
+    where, ids = jnp.ones((1, 4), bool), jnp.asarray([[1, 1, 2, 2]])
+    items, kept = tokens[:, None], where[:, None]
+    with pytest.raises(AssertionError, match="prefix_ids"):
+        model.attend_prefix(items, kept, model.prefill(tokens, where, segment_ids=ids)[1])
+    with pytest.raises(AssertionError, match="prefix_ids"):
+        model.attend_prefix(items, kept, model.prefill(tokens, where)[1], prefix_ids=ids[:, None])

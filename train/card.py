@@ -44,7 +44,7 @@ def measure_speed(
         [len(prompt.items) / seconds for seconds in timed(lambda: scorer.score([request]), SPEED_REPEATS)]
     )
     return {
-        **{f"items_per_second {name}": round(rate, 1) for name, rate in rates.items()},
+        "items_per_second": {name: round(rate, 1) for name, rate in rates.items()},
         "items": len(prompt.items),
         "tokens_per_item": round(sum(map(len, prompt.items)) / len(prompt.items), 1),
         "device": jax.devices()[0].device_kind,
@@ -66,7 +66,7 @@ def model_card(facts: CardFacts) -> str:
     lines += ["", "## Calibration", ""]
     lines += [f"- {key}: {value}" for key, value in facts.calibration.items()] or ["None was fitted."]
     lines += ["", "## Speed", ""]
-    lines += [f"- {key}: {value}" for key, value in facts.speed.items()]
+    lines += [f"- {key}: {value}" for key, value in _flat(facts.speed).items()]
     return "\n".join(lines) + "\n"
 
 

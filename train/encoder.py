@@ -101,7 +101,7 @@ class EncoderData:
         encoded = encoder.encode_documents(texts)
         self.document_tokens = dict(zip(self.sampler.documents, encoded, strict=True))
         self.pad_id = encoder.tokenizer.pad_id
-        self.ways = batch_pieces(config.optimizer, config.loop.mesh)
+        self.pieces = batch_pieces(config.optimizer, config.loop.mesh)
 
     def batch(self, step: int) -> EncoderBatch:
         config = self.config
@@ -119,7 +119,7 @@ class EncoderData:
         texts += [self.document_tokens[key] for keys in documents for key in keys]
         longest = max(config.max_query_tokens, config.max_document_tokens)
         tokens, segment_ids, ends = pack_rows(
-            [texts], pad_id=self.pad_id, step=16, longest=longest, ways=self.ways
+            [texts], pad_id=self.pad_id, step=16, longest=longest, pieces=self.pieces
         )
         query_ends, document_ends = np.split(ends[0], [len(query_ids)])
         return EncoderBatch(

@@ -335,7 +335,9 @@ def notes_of(
 
 def folders_of(config: EvaluateConfig) -> dict[str, Path]:
     """Work folders of the trainings whose models are compared, as far as they are there."""
+    used = {part for system in config.systems for part in system.split("+")}
     models = {"judge": config.judge, "encoder": config.encoder, "ranker": config.ranker}
+    models = {name: model for name, model in models.items() if name in used}
     models |= {name: folder for name, _, folder in (entry.partition("=") for entry in config.other_rankers)}
     return {name: Path(model).parent for name, model in models.items() if Path(model).name == "model"}
 

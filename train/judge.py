@@ -111,8 +111,8 @@ class JudgeData:
         self.targets = grade_targets(grades, smoothing=config.grade_smoothing)
         self.pad_id = judge.tokenizer.pad_id
         self.config = config
-        ways = batch_pieces(config.optimizer, config.loop.mesh)
-        self.groups = packing_groups(config.batch_pairs, ways, most=config.batch_pairs)
+        pieces = batch_pieces(config.optimizer, config.loop.mesh)
+        self.groups = packing_groups(config.batch_pairs, pieces, most=config.batch_pairs)
 
     def batch(self, step: int) -> JudgeBatch:
         config = self.config

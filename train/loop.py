@@ -84,6 +84,7 @@ def fit(
     trainable: Any = nnx.Param,
     evaluate: Callable[[Any], Mapping[str, float]] | None = None,
     dtype: str = "float32",
+    token_flops: int | None = None,
     console: rich.console.Console | None = None,
 ) -> FitResult:
     """Trains `model` in place.
@@ -98,6 +99,7 @@ def fit(
         trainable: NNX filter; the rest of the model gets neither gradient nor checkpoint.
         evaluate: takes the model as it is, gives metrics. It must not keep the model: its arrays are reused.
         dtype: of the computation, for the peak that MFU is stated of (`train.speed`).
+        token_flops: FLOPs a token, where the model has parts that do not read the tokens which the loss counts.
     Returns:
         what was reached; the model holds the best parameters by `loop.best_metric`, else the last ones.
     Raises:
@@ -132,7 +134,7 @@ def fit(
     )
     with store, _Termination() as termination, _Journal(workdir) as journal:
         run = _Run(program, store, journal, loop, evaluate)
-        run.seconds_per_token = flops_per_token(model, trainable) / matmul_peak(dtype)
+        run.seconds_per_token = (token_flops or flops_per_token(model, trainable)) / matmul_peak(dtype)
         run.resume(say)
         if run.step < loop.num_steps:
             steps = batches(run.step)
@@ -177,7 +179,7 @@ class _Run:
         self.tokens = 0
         self.seconds_per_token = 0.0
         """At the peak of the device."""
-        self._rates: list[dict[str, float]] = []
+        self._speeds: list[list[float]] = []
         self._input_seconds = 0.0
         self._pending: list[tuple[int, dict[str, jax.Array]]] = []
         self._started = self._fetched_at = time.perf_counter()
@@ -255,7 +257,8 @@ class _Run:
             self.logged |= {"tokens_per_second": rate, "mfu": rate * self.seconds_per_token}
         if slots:
             self.logged["padding_share"] = 1.0 - tokens / slots
-        self._rates.append(self.logged)
+        if self.logged.keys() >= SPEEDS.keys():
+            self._speeds.append([self.logged[name] for name in SPEEDS])
         self.journal.write(fetched[-1][0], self.logged)
 
     def save(self, metrics: Mapping[str, float] | None = None) -> None:
@@ -277,14 +280,13 @@ class _Run:
         return FitResult(self.step, metrics, best, time.perf_counter() - self._started, self.tokens)
 
     def say_speed(self, say: Callable[[str], None]) -> None:
-        """Medians of what was logged, since the first steps compile."""
-        if not all(SPEEDS.keys() <= logged.keys() for logged in self._rates):
+        """Medians of what was logged, without the first time where there are more: it holds the compiling."""
+        if not self._speeds:
             return
-        shown = (
-            text.format(float(np.median([logged[name] for logged in self._rates])))
-            for name, text in SPEEDS.items()
-        )
-        say("medians of this run: " + ", ".join(shown))
+        medians = np.median(self._speeds[1:] or self._speeds, axis=0)
+        shown = [text.format(value) for text, value in zip(SPEEDS.values(), medians.tolist(), strict=True)]
+        note = "" if self._speeds[1:] else " (compiling included: one record)"
+        say("this run: " + ", ".join(shown) + note)
 
     def _adopt(self, restored: Restored) -> None:
         self.state, self.step, self.evaluation = restored.arrays, restored.step, restored.metrics
@@ -341,7 +343,7 @@ class _Termination:
     def _note(self, number: int, _: Any) -> None:
         if number == signal.SIGINT and self.signal is not None:
             raise KeyboardInterrupt
-        self.signal = signal.Signals(number)
+        self.signal = self.signal or signal.Signals(number)
 
 
 class _Journal:

@@ -70,6 +70,7 @@ def curves(records: Sequence[Mapping[str, float]]) -> str:
     """SVG of a training: its loss, and beside it what was evaluated on the way."""
     import matplotlib
     from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
 
     names = sorted({name for record in records for name in record if name.startswith("evaluate/")})
     panels = ["loss", *names]
@@ -81,6 +82,7 @@ def curves(records: Sequence[Mapping[str, float]]) -> str:
         )
         axis.set_title(name.removeprefix("evaluate/"), loc="left", fontsize=9)
         axis.set_xlabel("step", fontsize=8, color="0.35")
+        axis.xaxis.set_major_locator(MaxNLocator(integer=True))
         axis.grid(color="0.92", linewidth=0.8)
         axis.tick_params(length=0, labelsize=8)
         axis.spines[["top", "right"]].set_visible(False)

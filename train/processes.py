@@ -26,11 +26,14 @@ CHILD = "JAXSEARCH_SUPERVISED"
 
 
 def run_child(command: Sequence[str], environment: Mapping[str, str] | None = None) -> int:
-    """The exit status of a command; a SIGTERM meanwhile is passed on to it, so that it can save and stop."""
+    """The exit status of a command; SIGTERM, or SIGINT to this process alone, tells it to save and stop."""
     process = subprocess.Popen(command, env=environment)
     previous = signal.signal(signal.SIGTERM, lambda *_: process.terminate())
     try:
         return process.wait()
+    except KeyboardInterrupt:
+        process.terminate()  # a terminal's Ctrl-C has reached the child too, which keeps to the first signal
+        raise
     finally:
         signal.signal(signal.SIGTERM, previous)
         process.wait()

@@ -19,10 +19,10 @@ from jaxsearch.data.assets import resolve
 from jaxsearch.data.batches import (
     CandidateSampler,
     group_pairs,
-    multiples,
     pack_rows,
     pack_tokens,
     packing_groups,
+    row_lengths,
     shuffled,
     step_batches,
 )
@@ -43,6 +43,7 @@ from train.label import Label, read_labels
 from train.loop import LoopConfig, OptimizerConfig, fit
 from train.options import run, say
 from train.processes import leave_to_main
+from train.speed import flops_per_token
 from train.step import batch_pieces
 from train.teachers import Drawn, OnlineTeacher, Taught, TaughtLoss
 from train.workdir import claim
@@ -71,11 +72,11 @@ class RankerConfig:
     labels: str = "work/labels"
     """Workdir of train.label; empty: no stored labels."""
     teacher: str = ""
-    """Folder of a judge that grades every candidate inside the step, in place of stored labels."""
+    """Folder of a judge that grades every candidate inside the step; `labels` then only say which pairs matter."""
     retriever: str = "minilm"
     """Whose best documents become hard negatives and are re-ranked for validation."""
     use_gold: bool = True
-    """Candidates from the collection's grades, labels where there are any; without it, labelled pairs alone."""
+    """Graded queries with candidates by their grades, and labelled pairs; without it, labelled pairs alone."""
     use_frozen_embeddings: bool = True
     """Token embeddings get no gradient: they are 28M of SmolLM2's 135M parameters."""
     batch_queries: Count = 4
@@ -118,11 +119,10 @@ class RankerData:
         self.teacher = {(label.query_id, label.document_id): label.soft_label for label in labels}
         seen = set(self.sampler.documents)
         self.labelled = group_pairs([pair for pair in self.teacher if pair[1] in seen])
-        if config.use_gold:
-            train = [query.id for query in collection.split("train")]
-            self.queries = [key for key in train if self.sampler.positives(key)]
-        else:
-            self.queries = [key for key in self.labelled if collection.query_split[key] == "train"]
+        train = [query.id for query in collection.split("train")] if config.use_gold else []
+        self.graded = dict.fromkeys(key for key in train if self.sampler.positives(key))
+        labelled = [key for key in self.labelled if collection.query_split[key] == "train"]
+        self.queries = [*self.graded, *(key for key in labelled if key not in self.graded)]
         if not self.queries:
             raise InputError(
                 "no train query has a label or a relevant seen document: there is nothing to learn from"
@@ -133,29 +133,29 @@ class RankerData:
         self.items = dict(zip(self.sampler.documents, ranker.request("", texts).items, strict=True))
         self.prefixes = {key: ranker.request(collection.queries[key].text, []).prefix for key in self.queries}
         self.pad_id = ranker.tokenizer.pad_id
-        ways = batch_pieces(config.optimizer, config.loop.mesh)
-        self.groups = packing_groups(config.batch_queries, ways)
+        pieces = batch_pieces(config.optimizer, config.loop.mesh)
+        self.groups = packing_groups(config.batch_queries, pieces)
 
     def candidates(self, query_id: str, step: int, rng: np.random.Generator) -> list[str]:
-        """Labelled documents first, so that a label is never left unused; without gold, they alone."""
+        """Labelled documents first, so that a label is never left unused; of a query without gold, they alone."""
         done = step / self.config.loop.num_steps
         share = float(np.interp(done, (0.0, 1.0), self.config.random_share))
         count = self.config.candidates_per_query
         keys = self.labelled.get(query_id, [])
         chosen = [keys[i] for i in rng.permutation(len(keys))[:count]]
-        if self.config.use_gold and len(chosen) < count:
+        if query_id in self.graded and len(chosen) < count:
             drawn = self.sampler.pairs(query_id, count, rng, random_share=share)
             chosen += [key for key in drawn if key not in chosen][: count - len(chosen)]
         return chosen
 
-    def drawn(self, step: int) -> list[Drawn]:
+    def draw(self, step: int) -> list[Drawn]:
         """The queries of a step and their candidates."""
         rng = np.random.default_rng((self.config.seed, step))
         rows = shuffled(len(self.queries), self.config.batch_queries, step, seed=self.config.seed)
         return [(self.queries[i], self.candidates(self.queries[i], step, rng)) for i in rows]
 
     def batch(self, step: int) -> RankerBatch:
-        return self.batch_of(self.drawn(step))
+        return self.batch_of(self.draw(step))
 
     def batch_of(self, drawn: Sequence[Drawn]) -> RankerBatch:
         config = self.config
@@ -167,7 +167,7 @@ class RankerData:
         lists: list[list[Sequence[int]]] = []
         for i, (query_id, keys) in enumerate(drawn):
             lists.append([*(self.items[key] for key in keys), *[()] * (width - len(keys))])
-            gold_where[i, : len(keys)] = config.use_gold
+            gold_where[i, : len(keys)] = query_id in self.graded
             for j, key in enumerate(keys):
                 gold[i, j] = self.sampler.grade(query_id, key) / MAX_GRADE
                 if (query_id, key) in self.teacher:
@@ -178,7 +178,7 @@ class RankerData:
             [[self.prefixes[key] for key, _ in drawn[start : start + per_group]] for start in starts],
             rows=1,
             pad_id=self.pad_id,
-            lengths=multiples(64, per_group * config.max_shared_tokens),
+            lengths=row_lengths(64, per_group * config.max_shared_tokens),
         )
         tokens, segment_ids, ends = pack_rows(
             [[item for items in lists[start : start + per_group] for item in items] for start in starts],
@@ -279,7 +279,7 @@ def main(config: RankerConfig, workdir: Path) -> None:
     evaluate = Validation(ranker, collection, vertical, retriever, config)
     model, loss, make_batch = ranker.ranker, config.loss, data.batch
     if judge is not None:
-        teacher = OnlineTeacher(judge, collection, vertical, drawn=data.drawn, batch_of=data.batch_of)
+        teacher = OnlineTeacher(judge, collection, vertical, draw=data.draw, batch_of=data.batch_of)
         model, make_batch = Taught(model, judge.judge), teacher.batch
         loss = TaughtLoss(loss, teacher.policy_tokens)
     result = fit(
@@ -289,6 +289,7 @@ def main(config: RankerConfig, workdir: Path) -> None:
         loop=config.loop,
         optimizer=config.optimizer,
         dtype=config.dtype,
+        token_flops=flops_per_token(ranker.ranker, is_trained(config.use_frozen_embeddings)),
         workdir=workdir,
         trainable=is_trained(config.use_frozen_embeddings),
         evaluate=evaluate,

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from jaxsearch.nn.layers import matmul_precision
-from jaxsearch.sharding import flatten_state, param_axes
+from jaxsearch.sharding import flatten_state, is_kernel, param_axes
 
 PEAK_SIZES = (512, 1024, 2048, 4096, 8192)
 PEAK_SECONDS = 0.008
@@ -64,15 +64,6 @@ def matmul_peak(dtype: str) -> float:
     return best * (jax.process_count() if jax.default_backend() == "cpu" else jax.device_count())
 
 
-def kernels(state: nnx.State) -> dict[str, bool]:
-    """True for what is a matrix or a table; vectors stay vectors when layers are stacked."""
-    flat = flatten_state(state)
-    return {
-        name: (sum(axis != "layers" for axis in axes) if axes else flat[name].ndim) >= 2
-        for name, axes in param_axes(state).items()
-    }
-
-
 def flops_per_token(model: nnx.Module, trainable: Any) -> int:
     """Of one training step: two a weight forwards, two for the gradient of what comes in, two more where it is trained.
 
@@ -81,17 +72,17 @@ def flops_per_token(model: nnx.Module, trainable: Any) -> int:
         90
     """
     _, trained, rest = nnx.split(model, trainable, ...)
-    return sum(
-        factor * math.prod(array.shape)
-        for state, factor in ((trained, 6), (rest, 4))
-        for name, array in flatten_state(state).items()
-        if kernels(state)[name] and not TABLE_AXES & set(param_axes(state)[name] or ())
-    )
+    total = 0
+    for state, factor in ((trained, 6), (rest, 4)):
+        arrays, axes, has_two = flatten_state(state), param_axes(state), is_kernel(state)
+        counted = [name for name in arrays if has_two[name] and not TABLE_AXES & set(axes[name] or ())]
+        total += factor * sum(math.prod(arrays[name].shape) for name in counted)
+    return total
 
 
 def commit() -> str:
-    """Of the source that runs, as Git abbreviates it."""
+    """Of the source that runs, as Git abbreviates it; "-dirty" when files differ from it."""
     shown = subprocess.run(
-        ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False
+        ["git", "describe", "--always", "--dirty", "--exclude=*"], capture_output=True, text=True, check=False
     )
     return shown.stdout.strip() or "unknown"

@@ -23,6 +23,7 @@ from jaxsearch.sharding import (
     batch_sharding,
     batch_ways,
     flatten_state,
+    is_kernel,
     make_mesh,
     on_one_device,
     param_shardings,
@@ -31,7 +32,6 @@ from jaxsearch.sharding import (
     unflatten_state,
 )
 from train.config import Bound, Count, CountOrNone, Rate, Share
-from train.speed import kernels
 
 SUMMED = ("tokens", "slots")
 """Metrics of a loss that are sums, not means: real tokens, and places for tokens."""
@@ -131,7 +131,7 @@ class TrainStep:
             raise InputError(f"the model has no parameter that the filter {trainable} selects for training")
         self._transform = optax.chain(
             optax.scale_by_adam(b1=optimizer.b1, b2=optimizer.b2),
-            optax.add_decayed_weights(optimizer.weight_decay, mask=kernels(params)),
+            optax.add_decayed_weights(optimizer.weight_decay, mask=is_kernel(params)),
         )
         rest_shardings = param_shardings(rest, self.mesh)
         self._rest = jax.device_put(flatten_state(rest), rest_shardings)

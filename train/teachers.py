@@ -15,7 +15,6 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Int
 
-from jaxsearch import losses
 from jaxsearch.data.batches import pack_rows
 from jaxsearch.data.records import MAX_GRADE, NUM_GRADES, Collection
 from jaxsearch.data.verticals import Vertical
@@ -37,17 +36,20 @@ class Taught(nnx.Module):
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class TaughtBatch:
-    """A ranker's batch and its g groups of candidates again, n = q * c each, as the judge reads them (`JudgeBatch`)."""
+    """A ranker's batch and its b groups of candidates again, m = q * c each, as the judge reads them (`JudgeBatch`)."""
 
     ranker: RankerBatch
-    tokens: Int[Any, "g r t"]
-    segment_ids: Int[Any, "g r t"]
-    ends: Int[Any, "g n"]
+    tokens: Int[Any, "b w t"]
+    segment_ids: Int[Any, "b w t"]
+    ends: Int[Any, "b m"]
 
 
 @dataclasses.dataclass(frozen=True)
 class TaughtLoss:
-    """The ranker's loss with the judge's soft labels of this very batch as teacher."""
+    """The ranker's loss with the judge's soft labels of this very batch as teacher.
+
+    Tokens and slots are the ranker's alone.
+    """
 
     loss: RankerLoss
     policy_tokens: tuple[int, ...]
@@ -55,18 +57,16 @@ class TaughtLoss:
     def __call__(self, model: Taught, batch: TaughtBatch):
         policy = jnp.asarray(self.policy_tokens, jnp.int32)
         logits = model.judge(policy, batch.tokens, batch.segment_ids, batch.ends)
-        probs = jax.nn.softmax(jax.lax.stop_gradient(logits))
+        probs = jax.nn.softmax(logits)
         expected = probs @ jnp.arange(NUM_GRADES, dtype=probs.dtype)
         teacher = (expected / MAX_GRADE).reshape(batch.ranker.teacher.shape)
-        total, count, metrics = self.loss(model.ranker, dataclasses.replace(batch.ranker, teacher=teacher))
-        read = losses.token_counts(jnp.ones(policy.shape, bool), batch.segment_ids > 0)
-        return total, count, metrics | {"teacher_tokens": read["tokens"]}
+        return self.loss(model.ranker, dataclasses.replace(batch.ranker, teacher=teacher))
 
 
 class OnlineTeacher:
     """A ranker's batches with what the judge reads of them.
 
-    Args: `drawn` gives the queries and candidates of a step, `batch_of` makes the ranker's batch of them.
+    Args: `draw` gives the queries and candidates of a step, `batch_of` makes the ranker's batch of them.
     """
 
     def __init__(
@@ -75,29 +75,27 @@ class OnlineTeacher:
         collection: Collection,
         vertical: Vertical,
         *,
-        drawn: Callable[[int], list[Drawn]],
+        draw: Callable[[int], list[Drawn]],
         batch_of: Callable[[Sequence[Drawn]], RankerBatch],
     ):
         self.judge, self.collection, self.vertical = judge, collection, vertical
-        self.drawn, self.batch_of = drawn, batch_of
+        self.draw, self.batch_of = draw, batch_of
         self.policy_tokens = judge.pairs([]).prefix
 
     def batch(self, step: int) -> TaughtBatch:
-        drawn = self.drawn(step)
+        drawn = self.draw(step)
         batch = self.batch_of(drawn)
         has_candidate = _has_candidate(drawn, batch.teacher.shape)
         batch = dataclasses.replace(batch, teacher_where=has_candidate)
         return TaughtBatch(batch, *self._read(drawn, *batch.teacher.shape))
 
     def _read(self, drawn: Sequence[Drawn], groups: int, per_group: int, width: int):
-        lists: list[list[Sequence[int]]] = []
-        for start in range(0, groups * per_group, per_group):
-            items: list[Sequence[int]] = []
-            for query_id, keys in drawn[start : start + per_group]:
-                pairs = [(query_id, key) for key in keys]
-                texts = pair_texts(self.collection, self.vertical, pairs, view=self.judge.view)
-                items += [*self.judge.pairs(texts).items, *[()] * (width - len(keys))]
-            lists.append(items)
+        pairs = [(query_id, key) for query_id, keys in drawn for key in keys]
+        texts = pair_texts(self.collection, self.vertical, pairs, view=self.judge.view)
+        read = iter(self.judge.pairs(texts).items)
+        rows = [[*(next(read) for _ in keys), *[()] * (width - len(keys))] for _, keys in drawn]
+        starts = range(0, groups * per_group, per_group)
+        lists = [[item for row in rows[start : start + per_group] for item in row] for start in starts]
         return pack_rows(
             lists,
             pad_id=self.judge.tokenizer.pad_id,

@@ -38,7 +38,7 @@ class TorchStep:
     def hidden(self, padded: Padded) -> torch.Tensor:
         tokens, where = (torch.from_numpy(array) for array in padded)
         inputs = {"input_ids": tokens.long(), "attention_mask": where.long()}
-        return self.model(**inputs).last_hidden_state
+        return self.model(**inputs, use_cache=False).last_hidden_state
 
     def take(self, loss) -> float:
         """`loss(self)` gives the scalar to reduce."""

@@ -4,7 +4,8 @@ Nothing here reads a file or touches a device; readers are in `sources`, text vi
 
 Axis letters, the same in einsums, types and comments everywhere: `b` batch, `t` query-side positions, `s` key-side
 positions, `d` embed_dim, `f` mlp_dim, `n` heads, `k` kv heads, `g` heads per kv head, `h` head_dim, `v` vocab,
-`l` layers, `q` queries, `c` candidates per query, `p` prefix positions, `e` embedding size, `r` LoRA rank.
+`l` layers, `q` queries, `c` candidates per query, `p` prefix positions, `e` embedding size, `r` LoRA rank, `w` rows of
+packed texts, `m` texts in them.
 """
 
 import dataclasses

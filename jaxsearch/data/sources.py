@@ -125,11 +125,10 @@ def load_collection(spec: str | os.PathLike[str], *, skip_bad_lines: bool = Fals
 
 
 def read_pairs(path: str | os.PathLike[str], *, skip_bad_lines: bool = False) -> list[tuple[str, str]]:
-    """The (query id, document id) pairs of a JSONL or Parquet file with `query_id` and `document_id`.
+    """The (query id, document id) pairs of a JSONL or Parquet file with `query_id` and `document_id`, each once.
 
     Raises:
-        InputError: no such file, no pair in it, or bad lines (an id is missing, a pair is there twice), all
-        in one.
+        InputError: no such file, no pair in it, or bad lines (an id is missing), all in one.
     """
     file, bad = Path(path), BadLines()
     if not file.is_file() or file.suffix not in _KINDS:
@@ -139,8 +138,6 @@ def read_pairs(path: str | os.PathLike[str], *, skip_bad_lines: bool = False) ->
         query_id, document_id = _id(record.get("query_id")), _id(record.get("document_id"))
         if query_id is None or document_id is None:
             bad.add(file, number, "query_id and document_id must be there, as text or whole numbers")
-        elif (query_id, document_id) in pairs:
-            bad.add(file, number, f"pair ({query_id}, {document_id}) is there twice")
         else:
             pairs[query_id, document_id] = None
     bad.settle(skip=skip_bad_lines)

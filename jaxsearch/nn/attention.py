@@ -25,15 +25,16 @@ def causal_mask(where: Bool[Array, "*b t"]) -> Bool[Array, "*b t t"]:
 
 
 def segment_mask(segment_ids: Int[Array, "*b t"]) -> Bool[Array, "*b t t"]:
-    """Positions see their own segment; those of padding (id 0) see each other, and nothing sees them."""
+    """True where two positions have the same segment id; padding (0) is to be masked by `where` besides."""
     return segment_ids[..., :, None] == segment_ids[..., None, :]
 
 
 def segment_positions(segment_ids: Int[Array, "*b t"]) -> Int[Array, "*b t"]:
-    """The place of each position in its segment, from 0; a segment's positions stand side by side."""
+    """The place of each position in its segment, from 0; a segment's positions stand side by side. Padding has 0."""
     order = jnp.broadcast_to(jnp.arange(segment_ids.shape[-1], dtype=jnp.int32), segment_ids.shape)
     is_first = jnp.diff(segment_ids, axis=-1, prepend=segment_ids[..., :1] - 1) != 0
-    return order - jax.lax.cummax(jnp.where(is_first, order, 0), axis=order.ndim - 1)
+    places = order - jax.lax.cummax(jnp.where(is_first, order, 0), axis=order.ndim - 1)
+    return jnp.where(segment_ids > 0, places, 0)
 
 
 def dense_attention(
@@ -94,7 +95,7 @@ def shared_prefix_attention(
     *,
     prefix_keys: Float[Array, "q s k h"],
     prefix_values: Float[Array, "q s k h"],
-    prefix_mask: Bool[Array, "q #c #t s"],
+    prefix_mask: Bool[Array, "q c t s"] | Bool[Array, "q 1 1 s"],
 ) -> Float[Array, "q c t k g h"]:
     """Every item of a query attends to what `prefix_mask` keeps of the query's prefix and, under `mask`, to itself.
 

@@ -192,7 +192,8 @@ class Decoder(nnx.Module):
             where: tokens that are there (default: all); rows of the others are finite and meaningless.
             segment_ids: where rows hold several texts one after another, which of them a token belongs to (from 1;
                 0 where nothing is kept); they do not see one another, and each has the positions it has alone.
-        Raises: InputError for "dynamic" RoPE scaling and t > max_positions (see `rope_frequencies`).
+        Raises: InputError for "dynamic" RoPE scaling and t > max_positions (see `rope_frequencies`); of packed texts
+            each may have as many, which is not checked.
         """
         if where is None:
             where = jnp.ones(tokens.shape, bool)
@@ -205,7 +206,10 @@ class Decoder(nnx.Module):
         *,
         segment_ids: Int[Array, "q s"] | None = None,
     ) -> tuple[Float[Array, "q s d"], KeyValues]:
-        """Like a call, and keeps every layer's keys and values for `attend_prefix`."""
+        """Like a call, and keeps every layer's keys and values for `attend_prefix`.
+
+        Args: `segment_ids` as of a call: several prefixes stand in a row, and `attend_prefix` needs `prefix_ids`.
+        """
         hidden, (k, v) = self._run_causal(tokens, where, segment_ids, keep_key_values=True)
         return hidden, KeyValues(k, v, where, segment_ids)
 
@@ -228,11 +232,12 @@ class Decoder(nnx.Module):
                 they do not see one another either, and each starts right behind the prefix.
             prefix_ids: where the prefix has segments, which of them a token follows.
         """
-        self._check_length(prefix.where.shape[-1] + tokens.shape[-1])
+        if segment_ids is None:
+            self._check_length(prefix.where.shape[-1] + tokens.shape[-1])
         mask, counts = _within(where, segment_ids)
         follows = prefix.where[:, None, None]
-        if prefix_ids is not None:
-            assert prefix.segment_ids is not None, "prefix_ids need a prefix with segments"
+        assert (prefix.segment_ids is None) == (prefix_ids is None), "a prefix with segments needs prefix_ids"
+        if prefix_ids is not None and prefix.segment_ids is not None:
             follows &= prefix.segment_ids[:, None, None] == prefix_ids[..., None]
         start = jnp.sum(follows, axis=-1, dtype=jnp.int32)
 
@@ -266,7 +271,8 @@ class Decoder(nnx.Module):
     def _run_causal(
         self, tokens: Array, where: Array, segment_ids: Array | None, *, keep_key_values: bool
     ) -> tuple[Array, tuple]:
-        self._check_length(tokens.shape[-1])
+        if segment_ids is None:
+            self._check_length(tokens.shape[-1])
         mask, positions = _within(where, segment_ids)
 
         def attend(_, queries, keys, values):
@@ -317,9 +323,9 @@ def last_hidden(hidden: Float[Array, "*b t d"], where: Bool[Array, "*b t"]) -> F
     return jnp.take_along_axis(hidden, last[..., None, None], axis=-2)[..., 0, :]
 
 
-def at_ends(hidden: Float[Array, "g r t d"], ends: Int[Array, "*g c"]) -> Float[Array, "*g c d"]:
+def at_ends(hidden: Float[Array, "b w t d"], ends: Int[Array, "b *m"]) -> Float[Array, "b *m d"]:
     """The hidden states at `ends`, places in a group's rows put end to end (see `data.batches.pack_tokens`)."""
-    rows = hidden.reshape(hidden.shape[0], -1, hidden.shape[-1])  # [g (r t) d]
+    rows = hidden.reshape(hidden.shape[0], -1, hidden.shape[-1])  # [b (w t) d]
     places = ends.reshape(hidden.shape[0], -1, 1)
     return jnp.take_along_axis(rows, places, axis=1).reshape(*ends.shape, hidden.shape[-1])
 
