@@ -80,7 +80,7 @@ def test_a_batch_that_cannot_be_cut_is_refused():
 def test_packed_rows_are_full():
     rng = np.random.default_rng(0)
     texts = [[1] * size for size in rng.integers(8, 96, 96)]
-    tokens, segment_ids, _ = pack_rows([texts], pad_id=0, step=16, longest=96, ways=8)
+    tokens, segment_ids, _ = pack_rows([texts], pad_id=0, step=16, longest=96, pieces=8)
     assert tokens.shape[1] == 24
     assert (segment_ids > 0).mean() > 0.9  # measured .93
 

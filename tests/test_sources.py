@@ -93,7 +93,7 @@ def test_every_format_gives_the_same_collection(write: Callable[[Path], Path], t
         "q2",
         "q3",
     }
-    assert collection.notice == "1 queries have no grade: training and evaluation leave them out."
+    assert collection.notice == "Queries without a grade: 1; only labels of a judge make use of them."
     # BEIR states no split for a query without grades, so that one query may differ.
     again = load_collection(write_jsonl(tmp_path / "again"))
     pinned = dataclasses.replace(collection, query_split={**collection.query_split, "q3": "test"})
@@ -169,7 +169,7 @@ def broken(folder: Path) -> tuple[Path, list[str]]:
 
 def test_all_bad_lines_are_in_one_report(tmp_path: Path):
     folder, expected = broken(tmp_path)
-    with pytest.raises(InputError, match="19 bad lines; mend them, or go on without them") as caught:
+    with pytest.raises(InputError, match="bad lines: 19; mend them, or go on without them") as caught:
         load_collection(folder)
     report = str(caught.value).splitlines()[1:]
     assert len(report) == len(expected)
@@ -181,7 +181,7 @@ def test_bad_lines_can_be_left_out_and_are_counted(tmp_path: Path):
     folder, _ = broken(tmp_path / "broken")
     collection = load_collection(folder, skip_bad_lines=True)
     assert collection.fingerprint() == load_collection(write_jsonl(tmp_path / "good")).fingerprint()
-    assert collection.notice.startswith("19 bad lines were left out: 10 of ")
+    assert collection.notice.startswith("Bad lines left out: 19 (10 of ")
 
 
 def test_bad_lines_of_beir_grades(tmp_path: Path):
@@ -189,7 +189,7 @@ def test_bad_lines_of_beir_grades(tmp_path: Path):
     rows = ["q2\td1\t2", "q1\td3", "q1\td3\tx", "q1\td3\t--3", "q1\td3\t-1", "q1\td3\t2"]
     write_lines(tmp_path / "qrels/dev.tsv", ["q3\td1\t4"])
     write_lines(tmp_path / "qrels/train.tsv", rows)
-    with pytest.raises(InputError, match="6 bad lines") as caught:
+    with pytest.raises(InputError, match="bad lines: 6") as caught:
         load_collection(tmp_path)
     reasons = [
         "qrels/train.tsv:2: 2 columns, not",
@@ -229,7 +229,9 @@ def test_a_byte_order_mark_and_windows_line_ends_are_fine(tmp_path: Path):
 
 
 def test_what_is_not_there_is_said(tmp_path: Path):
-    with pytest.raises(InputError, match=r"neither a folder nor a builder \(onet_activities\)"):
+    with pytest.raises(
+        InputError, match=r"there is no such folder, and no builder of that name \(onet_activities\)"
+    ):
         load_collection(tmp_path / "nothing")
     with pytest.raises(InputError, match=r"needs one file documents\.jsonl or documents\.parquet; it has 0"):
         load_collection(tmp_path)

@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
@@ -302,7 +303,7 @@ def loss_in_groups(world, groups, labels=()):
     data.groups = groups
     batch = data.batch_of(drawn)
     assert batch.gold.shape == (groups, 4 // groups, 4)
-    total, count, metrics = config.loss(ranker.ranker, batch)
+    total, count, metrics = config.loss(ranker.ranker, jax.tree.map(jnp.asarray, batch))
     return {"loss": float(total / count)} | {name: float(value) for name, value in metrics.items()}
 
 
@@ -322,7 +323,7 @@ def test_an_encoder_batch_costs_the_same_in_any_number_of_rows(world):
     totals = []
     for pieces in (1, 8):
         data.pieces = pieces
-        batch = data.batch(0)
+        batch = jax.tree.map(jnp.asarray, data.batch(0))
         assert batch.tokens.shape[0] % pieces == 0
         totals.append(float(config.loss(encoder.encoder, batch)[0]))
     assert totals[1] == pytest.approx(totals[0], rel=1e-5)  # measured 1e-7
@@ -337,7 +338,7 @@ def test_an_online_teacher_gives_each_candidate_its_own_label(world):
     drawn[1] = (drawn[1][0], drawn[1][1][:2])
     data.groups = 2
     teacher = OnlineTeacher(judge, collection, vertical, draw=lambda _: drawn, batch_of=data.batch_of)
-    batch = teacher.batch(0)
+    batch = jax.tree.map(jnp.asarray, teacher.batch(0))
     seen = {}
 
     class Spy:

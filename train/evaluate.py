@@ -124,6 +124,15 @@ class Stage:
     def first_stage(self, queries: Sequence[Query]) -> Run:
         return self.dense(queries, self.config.encoder or self.config.retriever)
 
+    @property
+    def versions(self) -> dict[str, str]:
+        """Of the encoder and the ranker that were measured, as far as they were."""
+        loaded = {
+            "encoder": self._encoders.get(self.config.encoder),
+            "ranker": self._rankers.get(self.config.ranker),
+        }
+        return {kind: pair[0].version for kind, pair in loaded.items() if pair is not None}
+
     def rerank(self, folder: str, candidates: Run, description: str) -> Run:
         """A ranker's scores of the candidates."""
         if folder not in self._rankers:
@@ -272,6 +281,7 @@ def collect_runs(
         seconds[system] = seconds.get(system, 0.0) + time.monotonic() - started
     for name, folder in others.items():
         runs[name] = report.overlay(first, stage.rerank(folder, candidates, name))
+    facts["models"] = stage.versions
     facts["seconds"] = {system: round(value, 2) for system, value in seconds.items()}
     return runs, subset_runs, facts
 
@@ -303,7 +313,9 @@ def build_groups(
         order = [name for name in (*config.systems, *runs) if name in both]
         own = {name: both[name] for name in dict.fromkeys(order)}
         qrels = qrels_of(collection, subset)
-        groups.append(report.evaluate_group("graded by the judge", own, qrels, columns, **options))
+        groups.append(
+            report.evaluate_group("queries that the judge ranked too", own, qrels, columns, **options)
+        )
     return groups
 
 

@@ -8,6 +8,7 @@ and `report.json`; serve it with `python -m serve.main --bundle work/demo/export
 """
 
 import dataclasses
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -80,6 +81,30 @@ def load_index(config: ExportConfig, collection: Collection) -> ExactIndex:
     return index
 
 
+def check_made_from(
+    config: ExportConfig,
+    models: Mapping[str, Mapping[str, Any]],
+    index: ExactIndex,
+    report: Mapping[str, Any],
+) -> None:
+    """Whether index and report belong to these models.
+
+    Raises: InputError when they do not.
+    """
+    indexed, encoder = index.metadata.get("encoder"), models["encoder"]["version"]
+    if indexed != encoder:
+        raise InputError(
+            f"{config.index} was made by encoder {indexed}, {config.encoder} is {encoder}: run train.index again with "
+            f"--set encoder={config.encoder}"
+        )
+    for kind, measured in report.get("models", {}).items():
+        if measured != models[kind]["version"]:
+            raise InputError(
+                f"{config.report} measured {kind} {measured}, {getattr(config, kind)} is {models[kind]['version']}: "
+                "give the report of train.evaluate with these models, or leave report empty"
+            )
+
+
 def calibrate(
     scores: Run, collection: Collection, *, threshold: int
 ) -> tuple[IsotonicMap, dict[str, float | int]]:
@@ -144,6 +169,8 @@ def main(config: ExportConfig, workdir: Path) -> None:
         field="lexical_view",
     )
     index = load_index(config, collection)
+    models = {"encoder": read_card(Path(config.encoder)), "ranker": read_card(Path(config.ranker))}
+    check_made_from(config, models, index, report)
     name, lexical_view = config.name or vertical.name, config.lexical_view or index.metadata["view"]
     ranker = load_ranker(config.ranker)
     queries = collection.split("validation")
@@ -167,7 +194,7 @@ def main(config: ExportConfig, workdir: Path) -> None:
         name=name,
         collection=collection,
         vertical=vertical,
-        models={"encoder": read_card(Path(config.encoder)), "ranker": read_card(Path(config.ranker))},
+        models=models,
         calibration=facts,
         speed=measure_speed(ranker, scorer, queries[0].text if queries else "a", texts),
         report=report,

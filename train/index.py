@@ -63,7 +63,8 @@ def main(config: IndexConfig, workdir: Path) -> None:
     index = build_index(config)
     index.save(workdir / "index")
     seconds = time.monotonic() - started
-    say(f"{len(index.ids)} documents indexed ({config.kind}) in {seconds:.1f} s: {workdir / 'index'}")
+    by = "" if config.kind == "bm25" else f" by {config.encoder}"
+    say(f"{len(index.ids)} documents indexed ({config.kind}{by}) in {seconds:.1f} s: {workdir / 'index'}")
 
 
 if __name__ == "__main__":

@@ -220,6 +220,8 @@ def main(config: JudgeConfig, workdir: Path) -> None:
     for split, found in report.items():
         kappa, low, high = (found[f"weighted_kappa{end}"] for end in ("", "_low", "_high"))
         say(f"{split}: weighted kappa {kappa:.3f} [{low:.3f}, {high:.3f}], {found['pairs']:.0f} pairs")
+    if report["validation"]["weighted_kappa_low"] <= 0:
+        say("this judge does not tell grades apart: its labels teach nothing yet; give it more graded pairs")
     say(f"model: {workdir / 'model'}")
 
 

@@ -122,7 +122,8 @@ def read_labels(directory: str | Path, *, data: str | None = None) -> list[Label
         )
     if data is not None and stated["data"] != data:
         raise InputError(
-            f"{directory} was labelled on other data ({stated['data']}, not {data}): label again"
+            f"{directory} was labelled on other data ({stated['data']}, not {data}): give labels=FOLDER of labels on "
+            "this data, made by train.label, or labels= to go without"
         )
     versions = {(label.judge_version, label.prompt_hash) for label in labels}
     if len(versions) > 1:
@@ -166,7 +167,10 @@ def main(config: LabelConfig, workdir: Path) -> None:
     ]
     if unknown:
         listed = "\n".join(f"  {query_id}, {document_id}" for query_id, document_id in unknown[:100])
-        raise InputError(f"{len(unknown)} pairs name an unknown query or document:\n{listed}")
+        raise InputError(
+            f"{len(unknown)} pairs name a query or a document that {collection.name} has not; add it there, or take "
+            f"the pairs out:\n{listed}"
+        )
     claim(
         workdir,
         config,

@@ -123,6 +123,7 @@ class RankerData:
         self.graded = dict.fromkeys(key for key in train if self.sampler.positives(key))
         labelled = [key for key in self.labelled if collection.query_split[key] == "train"]
         self.queries = [*self.graded, *(key for key in labelled if key not in self.graded)]
+        self.num_labels = sum(len(self.labelled.get(key, ())) for key in self.queries)
         if not self.queries:
             raise InputError(
                 "no train query has a label or a relevant seen document: there is nothing to learn from"
@@ -276,6 +277,10 @@ def main(config: RankerConfig, workdir: Path) -> None:
         retriever, collection, collection.split("train"), vertical, view=config.view, depth=config.mined_depth
     )
     data = RankerData(ranker, collection, vertical, mined, labels, config)
+    if labels:
+        say(
+            f"{data.num_labels} of {len(labels)} labels are on train queries and seen documents, and are learned from"
+        )
     evaluate = Validation(ranker, collection, vertical, retriever, config)
     model, loss, make_batch = ranker.ranker, config.loss, data.batch
     if judge is not None:
@@ -313,6 +318,8 @@ def main(config: RankerConfig, workdir: Path) -> None:
         f"validation NDCG@10: {report['validation']['ndcg@10']:.3f} (the retriever's order: "
         f"{report['retriever']['ndcg@10']:.3f})\nmodel: {workdir / 'model'}"
     )
+    if report["validation"]["ndcg@10"] < report["retriever"]["ndcg@10"]:
+        say("this ranker orders worse than the retriever that feeds it: train it on more before you serve it")
 
 
 if __name__ == "__main__":

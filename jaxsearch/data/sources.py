@@ -72,11 +72,11 @@ class BadLines:
             return ""
         if not skip:
             raise InputError(
-                f"{len(self.lines)} bad lines; mend them, or go on without them (--skip-bad-lines):\n{self.report()}"
+                f"bad lines: {len(self.lines)}; mend them, or go on without them (--skip-bad-lines):\n{self.report()}"
             )
         per_file = Counter(file for file, _, _ in self.lines)
         files = ", ".join(f"{count} of {file}" for file, count in per_file.items())
-        return f"{len(self.lines)} bad lines were left out: {files}."
+        return f"Bad lines left out: {len(self.lines)} ({files})."
 
 
 def load_collection(spec: str | os.PathLike[str], *, skip_bad_lines: bool = False) -> Collection:
@@ -89,7 +89,8 @@ def load_collection(spec: str | os.PathLike[str], *, skip_bad_lines: bool = Fals
             and `grades`, each as `.jsonl` or `.parquet`: documents with `id` and any fields, queries with
             `id`, `text` and, if they like, `split`; grades with `query_id`, `document_id`, `grade` 0..4 (no file:
             nothing is graded yet).
-            Queries without a split get theirs by a hash of their id: 70 % train, 10 % validation, 20 % test.
+            Queries without a split get theirs by a hash of their id: 70 % train, 10 % validation, 20 % test; those
+            without a grade are train queries, since nothing else can use them.
         skip_bad_lines: leave bad lines out; the collection's `notice` then says how many.
 
     Returns:
@@ -106,7 +107,9 @@ def load_collection(spec: str | os.PathLike[str], *, skip_bad_lines: bool = Fals
     if str(spec) in names and not folder.is_dir():
         return importlib.import_module(f"{builders.__name__}.{spec}").load()
     if not folder.is_dir():
-        raise InputError(f"no collection {spec}: it is neither a folder nor a builder ({', '.join(names)})")
+        raise InputError(
+            f"no collection {spec}: there is no such folder, and no builder of that name ({', '.join(names)})"
+        )
     bad = BadLines()
     is_beir = (folder / "corpus.jsonl").is_file()
     documents = _read_documents(_find(folder, "corpus" if is_beir else "documents"), bad)
@@ -155,13 +158,18 @@ def _assemble(
     notice: str,
 ) -> Collection:
     if ungraded := len(queries) - len(qrels):
-        notice = f"{notice} {ungraded} queries have no grade: training and evaluation leave them out.".strip()
+        notice = (
+            f"{notice} Queries without a grade: {ungraded}; only labels of a judge make use of them.".strip()
+        )
     return Collection(
         name=folder.resolve().name,
         queries=queries,
         documents=documents,
         qrels=qrels,
-        query_split={query_id: stated.get(query_id) or split_by_hash(query_id) for query_id in queries},
+        query_split={
+            query_id: stated.get(query_id) or (split_by_hash(query_id) if query_id in qrels else "train")
+            for query_id in queries
+        },
         notice=notice,
     )
 

@@ -29,7 +29,13 @@ const holds = (value, wanted) =>
 
 const asList = (value) => (Array.isArray(value) ? value : [value]);
 
-export const titleOf = (result, info) => result.fields[info.views[info.default_view][0]] ?? result.id;
+const LONGEST_TITLE = 120;
+
+/** The first field of the ranker's view, shortened where it is a whole text; the id where it is empty. */
+export function titleOf(result, info) {
+  const title = asList(result.fields[info.views[info.default_view][0]] ?? "").join(" ").trim() || result.id;
+  return title.length > LONGEST_TITLE ? `${title.slice(0, LONGEST_TITLE).replace(/\s+\S*$/u, "")} …` : title;
+}
 
 function scoreBadge(result) {
   if (result.score === null) return element("span", { className: "quiet", title: "below the ranking depth" }, "not ranked");
