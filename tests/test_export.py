@@ -5,6 +5,7 @@ import json
 import pytest
 
 from jaxsearch.bundle import load_bundle
+from jaxsearch.encoder import load_encoder, save_encoder
 from jaxsearch.errors import InputError
 from tests.tiny_bundle import write_parts
 from tests.tiny_collection import write_collection
@@ -60,3 +61,27 @@ def test_an_unknown_lexical_view_is_refused_before_any_work(made, tmp_path):
     with pytest.raises(InputError, match="no view 'long'"):
         export.main(export.ExportConfig(lexical_view="long", **made), tmp_path)
     assert not (tmp_path / "bundle").exists()
+
+
+@pytest.mark.parametrize(
+    ("models", "message"),
+    [
+        (
+            {"ranker": "other"},
+            r"measured ranker other, .*give the report of train\.evaluate with these models",
+        ),
+        ({"encoder": "older"}, "measured encoder older"),
+    ],
+)
+def test_a_report_of_other_models_is_refused(made, tmp_path, models, message):
+    (tmp_path / "report.json").write_text(json.dumps({"groups": [{}], "models": models}))
+    with pytest.raises(InputError, match=message):
+        export.main(export.ExportConfig(report=str(tmp_path / "report.json"), **made), tmp_path)
+
+
+def test_an_index_of_another_encoder_is_refused_before_any_work(made, tmp_path):
+    encoder = load_encoder(made["encoder"])
+    encoder.query_instruction = "Another: "
+    save_encoder(tmp_path / "other", encoder, trained={})
+    with pytest.raises(InputError, match=r"run train\.index again with --set encoder="):
+        export.main(export.ExportConfig(**made | {"encoder": str(tmp_path / "other")}), tmp_path)

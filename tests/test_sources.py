@@ -270,3 +270,11 @@ def test_pairs(tmp_path: Path):
         read_pairs(file)
     with pytest.raises(InputError, match="no pairs in"):
         read_pairs(tmp_path / "pairs.csv")
+
+
+def test_queries_without_grade_and_split_are_train_queries(tmp_path: Path):
+    folder = write_jsonl(tmp_path / "data")
+    with (folder / "queries.jsonl").open("a") as file:
+        file.writelines(json.dumps({"id": f"log{i}", "text": "from a log"}) + "\n" for i in range(20))
+    collection = load_collection(folder)
+    assert {collection.query_split[f"log{i}"] for i in range(20)} == {"train"}

@@ -1,7 +1,7 @@
 """Timing, and what a device could do at most: repeats and their spread, the peak of a matrix product, FLOPs a token.
 
 Model FLOPs utilisation (MFU) = tokens/s x `flops_per_token` / `matmul_peak`. Tokens are real ones, so padding lowers
-it; attention products and recomputation are not counted, so it never flatters.
+it; attention products and recomputation are not counted. A peak that is measured beside other work is too low.
 """
 
 import functools
