@@ -71,7 +71,12 @@ signal.signal(signal.SIGTERM, stop)
 print("begun", flush=True)
 time.sleep(60)
 """
-PARENT = "import sys; from train.processes import run_child; run_child([sys.executable, '-c', *sys.argv[1:]])"
+PARENT = """
+import signal, sys
+from train.processes import run_child
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs are started without
+run_child([sys.executable, "-c", *sys.argv[1:]])
+"""
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
