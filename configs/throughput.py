@@ -2,7 +2,7 @@
 
 Command: python -m train.throughput --config configs/throughput.py --workdir work/throughput
          in the environment of `make parity` (it needs torch), or `make throughput`
-Time: 20 minutes on two CPU cores.
+Time: 12 minutes on two CPU cores.
 Numbers: docs/results/throughput.
 """
 
