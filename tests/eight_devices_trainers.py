@@ -13,9 +13,24 @@ import jax
 
 from tests.tiny_bundle import write_parts
 from tests.tiny_collection import write_collection
-from train import encoder, ranker
+from train import encoder, prune, ranker
 from train.loop import LoopConfig
 from train.step import OptimizerConfig
+
+
+def prune_config(folder: Path) -> prune.PruneConfig:
+    return prune.PruneConfig(
+        ranker=str(folder / "ranker"),
+        collection=str(folder / "data"),
+        vertical=str(folder / "vertical"),
+        retriever=str(folder / "encoder"),
+        mlp_dim=10,
+        num_heads=1,
+        calibration_queries=4,
+        per_query=4,
+        check_queries=3,
+        check_depth=4,
+    )
 
 
 def main(folder: Path) -> None:
@@ -52,6 +67,7 @@ def main(folder: Path) -> None:
         ),
         folder / "trained" / "ranker",
     )
+    prune.main(prune_config(folder), folder / "trained" / "prune")
     print(jax.device_count())
 
 

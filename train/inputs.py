@@ -10,6 +10,7 @@ from typing import Protocol
 
 import numpy as np
 
+from jaxsearch.checkpoints import read_card
 from jaxsearch.data.assets import licence_of, resolve
 from jaxsearch.data.batches import CandidateSampler, multiples
 from jaxsearch.data.records import Collection, Query, Run
@@ -190,7 +191,9 @@ def validate(
 
 def origin(base: str, collection: Collection) -> dict[str, str]:
     """What a trained model's card says first: from which weights, under which licence, on which data."""
-    return {"base": base, "licence": licence_of(base), "collection": collection.fingerprint()}
+    made_before = read_card(Path(base)).get("trained", {})
+    licence = made_before.get("licence") or licence_of(base)
+    return {"base": base, "licence": licence, "collection": collection.fingerprint()}
 
 
 def offline_scorer(model: TextJudge | TextRanker, *, max_batch_tokens: int = 2048) -> PrefillScorer:

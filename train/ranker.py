@@ -7,14 +7,14 @@ Writes `model/` and `report.json`.
 """
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 from flax import nnx
 
-from jaxsearch.checkpoints import model_version
+from jaxsearch.checkpoints import model_version, read_card
 from jaxsearch.data.assets import resolve
 from jaxsearch.data.batches import (
     CandidateSampler,
@@ -33,9 +33,17 @@ from jaxsearch.data.verticals import Vertical
 from jaxsearch.encoder import TextEncoder
 from jaxsearch.errors import InputError
 from jaxsearch.files import write_json
-from jaxsearch.judge import load_judge
+from jaxsearch.judge import TextJudge, load_judge
 from jaxsearch.nn.pruning import keep_layers
-from jaxsearch.ranker import Ranker, RankerBatch, RankerLoss, TextRanker, new_ranker, save_ranker
+from jaxsearch.ranker import (
+    Ranker,
+    RankerBatch,
+    RankerLoss,
+    TextRanker,
+    load_ranker,
+    new_ranker,
+    save_ranker,
+)
 from jaxsearch.scoring.prefill import PrefillScorer, ScoreRequest
 from train.config import Count
 from train.inputs import load_base, load_data, load_retriever, mine, offline_scorer, origin, validate
@@ -44,8 +52,8 @@ from train.loop import LoopConfig, OptimizerConfig, fit
 from train.options import run, say
 from train.processes import leave_to_main
 from train.speed import flops_per_token
-from train.step import batch_pieces
-from train.teachers import Drawn, OnlineTeacher, Taught, TaughtLoss
+from train.step import LossFn, batch_pieces
+from train.teachers import DistilledLoss, Drawn, OnlineTeacher, Taught, TaughtLoss, taught_everywhere
 from train.workdir import claim
 
 
@@ -64,7 +72,7 @@ class RankerConfig:
     base: str = "smollm2"
     """Asset, hub name or folder of the decoder that is cut and trained."""
     layers: tuple[int, ...] = tuple(range(12))
-    """The layers of the base that are kept, in order."""
+    """The layers of the base that are kept, in order; none named: all."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Of the computation; the weights that are trained stay float32."""
     use_remat: bool = False
@@ -72,7 +80,8 @@ class RankerConfig:
     labels: str = "work/labels"
     """Workdir of train.label; empty: no stored labels."""
     teacher: str = ""
-    """Folder of a judge that grades every candidate inside the step; `labels` then only say which pairs matter."""
+    """Folder of a judge, or of another ranker with the same prompt, that grades every candidate inside the step;
+    `labels` then only say which pairs matter."""
     retriever: str = "minilm"
     """Whose best documents become hard negatives and are re-ranked for validation."""
     use_gold: bool = True
@@ -114,7 +123,7 @@ class RankerData:
         labels: Sequence[Label],
         config: RankerConfig,
     ):
-        self.config = config
+        self.config, self.collection, self.vertical = config, collection, vertical
         self.sampler = CandidateSampler(collection, threshold=vertical.relevant_threshold, mined=mined)
         self.teacher = {(label.query_id, label.document_id): label.soft_label for label in labels}
         seen = set(self.sampler.documents)
@@ -222,20 +231,23 @@ class Validation:
         collection: Collection,
         vertical: Vertical,
         retriever: TextEncoder,
-        config: RankerConfig,
+        *,
+        num_queries: int,
+        depth: int,
     ):
-        self.queries = collection.split("validation")[: config.check_queries]
+        self.queries = collection.split("validation")[:num_queries]
         self.ranker, self.collection, self.vertical = ranker, collection, vertical
-        self.candidates = mine(
-            retriever, collection, self.queries, vertical, view=config.view, depth=config.check_depth
-        )
+        self.candidates = mine(retriever, collection, self.queries, vertical, view=ranker.view, depth=depth)
         self.retriever_metrics = validate(collection, vertical, self.queries, self.candidates)
         self.scorer = offline_scorer(ranker)
 
     def __call__(self, model: Ranker | Taught) -> dict[str, float]:
         model = model.ranker if isinstance(model, Taught) else model
         self.scorer.use_weights(model.decoder)
-        reranked = rerank(self.ranker, self.scorer, self.collection, self.vertical, self.candidates)
+        return self.measure(self.ranker, self.scorer)
+
+    def measure(self, ranker: TextRanker, scorer: PrefillScorer) -> dict[str, float]:
+        reranked = rerank(ranker, scorer, self.collection, self.vertical, self.candidates)
         return validate(self.collection, self.vertical, self.queries, reranked)
 
 
@@ -243,16 +255,51 @@ def is_trained(use_frozen_embeddings: bool):
     """NNX filter: every parameter of the ranker, but for the token embeddings where they are frozen."""
 
     def accepts(path: Sequence[str], value: object) -> bool:
-        is_frozen = "judge" in path or (use_frozen_embeddings and "embed_tokens" in path)
+        is_frozen = "teacher" in path or (use_frozen_embeddings and "embed_tokens" in path)
         return isinstance(value, nnx.Param) and not is_frozen
 
     return accepts
 
 
+def load_teacher(folder: str, *, dtype: str) -> TextJudge | TextRanker:
+    """A judge or a ranker, whichever the folder holds."""
+    is_ranker = read_card(Path(folder)).get("kind") == "ranker"
+    return load_ranker(folder, dtype=dtype) if is_ranker else load_judge(folder, dtype=dtype)
+
+
+def learning(
+    ranker: TextRanker, teacher: TextJudge | TextRanker | None, data: RankerData, loss: RankerLoss
+) -> tuple[Ranker | Taught, LossFn, Callable[[int], Any]]:
+    """Model, loss and batches of a step, with the teacher in it where there is one.
+
+    Raises: InputError when a ranker that teaches reads other prompts.
+    """
+    if teacher is None:
+        return ranker.ranker, loss, data.batch
+    if isinstance(teacher, TextJudge):
+        online = OnlineTeacher(
+            teacher, data.collection, data.vertical, draw=data.draw, batch_of=data.batch_of
+        )
+        return Taught(ranker.ranker, teacher.judge), TaughtLoss(loss, online.policy_tokens), online.batch
+    reads = (teacher.prompt.card(), teacher.view, teacher.label_ids)
+    if reads != (ranker.prompt.card(), ranker.view, ranker.label_ids):
+        raise InputError(
+            "the ranker that teaches has another prompt, view, vocabulary or token limit than this one: a teacher "
+            "inside the step reads the student's own tokens; set max_shared_tokens, max_item_tokens and view as its "
+            "jaxsearch.json states them"
+        )
+
+    def batch(step: int) -> RankerBatch:
+        drawn = data.draw(step)
+        return taught_everywhere(drawn, data.batch_of(drawn))
+
+    return Taught(ranker.ranker, teacher.ranker), DistilledLoss(loss), batch
+
+
 def main(config: RankerConfig, workdir: Path) -> None:
     collection, vertical = load_data(config, needs=("train", "validation"), view=config.view)
     labels = read_labels(config.labels, data=collection.fingerprint()) if config.labels else []
-    judge = load_judge(config.teacher, dtype=config.dtype) if config.teacher else None
+    teacher = load_teacher(config.teacher, dtype=config.dtype) if config.teacher else None
     base, retriever = resolve(config.base), load_retriever(config.retriever)
     claim(
         workdir,
@@ -260,7 +307,7 @@ def main(config: RankerConfig, workdir: Path) -> None:
         data=collection.fingerprint(),
         vertical=vertical.fingerprint(),
         judge=labels[0].judge_version if labels else "none",
-        teacher=judge.version if judge else "none",
+        teacher=teacher.version if teacher else "none",
         base=model_version(base),
         retriever=retriever.version,
     )
@@ -271,7 +318,8 @@ def main(config: RankerConfig, workdir: Path) -> None:
         max_item_tokens=config.max_item_tokens,
     )
     decoder = load_base(base, dtype=config.dtype, use_remat=config.use_remat)
-    ranker = new_ranker(keep_layers(decoder, config.layers), prompt, view=config.view)
+    layers = config.layers or tuple(range(decoder.config.num_layers))
+    ranker = new_ranker(keep_layers(decoder, layers), prompt, view=config.view)
     del decoder
     mined = mine(
         retriever, collection, collection.split("train"), vertical, view=config.view, depth=config.mined_depth
@@ -281,12 +329,15 @@ def main(config: RankerConfig, workdir: Path) -> None:
         say(
             f"{data.num_labels} of {len(labels)} labels are on train queries and seen documents, and are learned from"
         )
-    evaluate = Validation(ranker, collection, vertical, retriever, config)
-    model, loss, make_batch = ranker.ranker, config.loss, data.batch
-    if judge is not None:
-        teacher = OnlineTeacher(judge, collection, vertical, draw=data.draw, batch_of=data.batch_of)
-        model, make_batch = Taught(model, judge.judge), teacher.batch
-        loss = TaughtLoss(loss, teacher.policy_tokens)
+    evaluate = Validation(
+        ranker,
+        collection,
+        vertical,
+        retriever,
+        num_queries=config.check_queries,
+        depth=config.check_depth,
+    )
+    model, loss, make_batch = learning(ranker, teacher, data, config.loss)
     result = fit(
         model,
         loss,
@@ -305,11 +356,11 @@ def main(config: RankerConfig, workdir: Path) -> None:
         "retriever": evaluate.retriever_metrics,
         "steps": result.step,
         "labels": len(labels),
-        "teacher": judge.version if judge else "none",
+        "teacher": teacher.version if teacher else "none",
     }
     trained = {
         **origin(config.base, collection),
-        "layers": list(config.layers),
+        "layers": list(layers),
         **report,
     }
     save_ranker(workdir / "model", ranker, trained=trained)

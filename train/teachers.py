@@ -1,7 +1,8 @@
-"""A judge that teaches inside the step: it grades every candidate of a batch while the ranker learns from it.
+"""Teachers inside the step: a judge, or a ranker, reads every candidate of a batch while the ranker learns from it.
 
-The other way is `train.label`: labels computed once for fixed pairs and read by every run. Both give the same student
-on the same pairs; the online teacher also grades candidates that nobody labelled, and pays a forward pass a step for it
+A ranker as teacher is how a pruned one is healed: both read the same tokens. A judge reads its own prompts; the other
+way to its labels is `train.label`, which computes them once for fixed pairs and every run. Both make the same student
+of the same pairs; the online teacher also grades candidates that nobody labelled, and pays a forward pass a step for it
 (`train.throughput` measures how much).
 """
 
@@ -27,10 +28,11 @@ Drawn = tuple[str, list[str]]
 
 
 class Taught(nnx.Module):
-    """A ranker and the judge that it learns from; only the ranker is trained."""
+    """A ranker and the judge or ranker that it learns from; only the ranker is trained."""
 
-    def __init__(self, ranker: Ranker, judge: Judge):
-        self.ranker, self.judge = ranker, judge
+    def __init__(self, ranker: Ranker, teacher: Judge | Ranker):
+        self.ranker = ranker
+        self.teacher: Any = teacher
 
 
 @jax.tree_util.register_dataclass
@@ -56,11 +58,34 @@ class TaughtLoss:
 
     def __call__(self, model: Taught, batch: TaughtBatch):
         policy = jnp.asarray(self.policy_tokens, jnp.int32)
-        logits = model.judge(policy, batch.tokens, batch.segment_ids, batch.ends)
+        logits = model.teacher(policy, batch.tokens, batch.segment_ids, batch.ends)
         probs = jax.nn.softmax(logits)
         expected = probs @ jnp.arange(NUM_GRADES, dtype=probs.dtype)
         teacher = (expected / MAX_GRADE).reshape(batch.ranker.teacher.shape)
         return self.loss(model.ranker, dataclasses.replace(batch.ranker, teacher=teacher))
+
+
+@dataclasses.dataclass(frozen=True)
+class DistilledLoss:
+    """The ranker's loss with another ranker's probabilities of this very batch as teacher.
+
+    Tokens and slots are the student's alone.
+    """
+
+    loss: RankerLoss
+
+    def __call__(self, model: Taught, batch: RankerBatch):
+        logits = model.teacher(
+            batch.prefix_tokens, batch.prefix_ids, batch.item_tokens, batch.segment_ids, batch.ends
+        )
+        return self.loss(model.ranker, dataclasses.replace(batch, teacher=jax.nn.sigmoid(logits)))
+
+
+def taught_everywhere(drawn: Sequence[Drawn], batch: RankerBatch) -> RankerBatch:
+    """The batch with a teacher for every candidate there is."""
+    shape = batch.teacher.shape
+    has_candidate = [[j < len(keys) for j in range(shape[-1])] for _, keys in drawn]
+    return dataclasses.replace(batch, teacher_where=np.array(has_candidate).reshape(shape))
 
 
 class OnlineTeacher:
@@ -84,9 +109,7 @@ class OnlineTeacher:
 
     def batch(self, step: int) -> TaughtBatch:
         drawn = self.draw(step)
-        batch = self.batch_of(drawn)
-        has_candidate = _has_candidate(drawn, batch.teacher.shape)
-        batch = dataclasses.replace(batch, teacher_where=has_candidate)
+        batch = taught_everywhere(drawn, self.batch_of(drawn))
         return TaughtBatch(batch, *self._read(drawn, *batch.teacher.shape))
 
     def _read(self, drawn: Sequence[Drawn], groups: int, per_group: int, width: int):
@@ -102,7 +125,3 @@ class OnlineTeacher:
             step=32,
             longest=self.judge.prompt.max_item_tokens,
         )
-
-
-def _has_candidate(drawn: Sequence[Drawn], shape: tuple[int, ...]) -> np.ndarray:
-    return np.array([[j < len(keys) for j in range(shape[-1])] for _, keys in drawn]).reshape(shape)

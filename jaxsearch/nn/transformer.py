@@ -86,6 +86,18 @@ class KeyValues(NamedTuple):
     segment_ids: Int[Array, "q s"] | None = None
 
 
+class LayerStates(NamedTuple):
+    """What a layer computes on its way: (rotated) keys and values, and the inputs of its two maps back to the stream.
+
+    `mixed` is what the heads attended to, side by side; `widened` are the MLP's neurons.
+    """
+
+    keys: Float[Array, "*b t k h"]
+    values: Float[Array, "*b t k h"]
+    mixed: Float[Array, "*b t heads"]
+    widened: Float[Array, "*b t f"]
+
+
 class Attention(nnx.Module):
     """Projections around an attention function; heads are [... t k g h] between them."""
 
@@ -103,8 +115,10 @@ class Attention(nnx.Module):
         self.k_norm = RMSNorm(config.head_dim, **norm) if config.use_qk_norm else None
         self.num_kv_heads, self.head_dim = config.num_kv_heads, config.head_dim
 
-    def __call__(self, inputs: Array, rotation: tuple[Array, Array], attend: Callable) -> tuple[Array, tuple]:
-        """Gives the output and this layer's (rotated keys, values), each [... t k h]."""
+    def mix(
+        self, inputs: Array, rotation: tuple[Array, Array], attend: Callable
+    ) -> tuple[Array, Array, Array]:
+        """What the heads attended to, side by side, and the (rotated) keys and values: all but `o_proj`."""
         heads = (*inputs.shape[:-1], -1, self.head_dim)
         queries, keys = self.q_proj(inputs).reshape(heads), self.k_proj(inputs).reshape(heads)
         values = self.v_proj(inputs).reshape(heads)
@@ -113,7 +127,7 @@ class Attention(nnx.Module):
         queries, keys = rotate(queries, *rotation), rotate(keys, *rotation)
         grouped = queries.reshape(*inputs.shape[:-1], self.num_kv_heads, -1, self.head_dim)
         attended = attend(grouped, keys, values)
-        return self.o_proj(attended.reshape(*inputs.shape[:-1], -1)), (keys, values)
+        return attended.reshape(*inputs.shape[:-1], -1), keys, values
 
 
 class GatedMlp(nnx.Module):
@@ -125,8 +139,9 @@ class GatedMlp(nnx.Module):
         self.up_proj = Linear(narrow, wide, axes=("embed", "mlp"), use_bias=bias, **common)
         self.down_proj = Linear(wide, narrow, axes=("mlp", "embed"), use_bias=bias, **common)
 
-    def __call__(self, inputs: Array) -> Array:
-        return self.down_proj(jax.nn.silu(self.gate_proj(inputs)) * self.up_proj(inputs))
+    def widen(self, inputs: Array) -> Array:
+        """The neurons: all but `down_proj`."""
+        return jax.nn.silu(self.gate_proj(inputs)) * self.up_proj(inputs)
 
 
 class DecoderLayer(nnx.Module):
@@ -140,10 +155,13 @@ class DecoderLayer(nnx.Module):
         self.post_attention_layernorm = RMSNorm(config.embed_dim, **norm)
         self.mlp = GatedMlp(config, rngs=rngs, **common)
 
-    def __call__(self, inputs: Array, rotation: tuple[Array, Array], attend: Callable) -> tuple[Array, tuple]:
-        attended, key_values = self.self_attn(self.input_layernorm(inputs), rotation, attend)
-        middle = inputs + attended
-        return middle + self.mlp(self.post_attention_layernorm(middle)), key_values
+    def __call__(
+        self, inputs: Array, rotation: tuple[Array, Array], attend: Callable
+    ) -> tuple[Array, LayerStates]:
+        mixed, keys, values = self.self_attn.mix(self.input_layernorm(inputs), rotation, attend)
+        middle = inputs + self.self_attn.o_proj(mixed)
+        widened = self.mlp.widen(self.post_attention_layernorm(middle))
+        return middle + self.mlp.down_proj(widened), LayerStates(keys, values, mixed, widened)
 
 
 class Decoder(nnx.Module):
@@ -197,7 +215,18 @@ class Decoder(nnx.Module):
         """
         if where is None:
             where = jnp.ones(tokens.shape, bool)
-        return self._run_causal(tokens, where, segment_ids, keep_key_values=False)[0]
+        return self._run_causal(tokens, where, segment_ids, _keep_nothing)[0]
+
+    def observe(
+        self,
+        tokens: Int[Array, "b t"],
+        where: Bool[Array, "b t"],
+        keep: Callable[[LayerStates], Any],
+        *,
+        segment_ids: Int[Array, "b t"] | None = None,
+    ) -> tuple[Float[Array, "b t d"], Any]:
+        """Like a call, and what `keep` makes of each layer's states, with a leading axis of layers."""
+        return self._run_causal(tokens, where, segment_ids, keep)
 
     def prefill(
         self,
@@ -210,7 +239,7 @@ class Decoder(nnx.Module):
 
         Args: `segment_ids` as of a call: several prefixes stand in a row, and `attend_prefix` needs `prefix_ids`.
         """
-        hidden, (k, v) = self._run_causal(tokens, where, segment_ids, keep_key_values=True)
+        hidden, (k, v) = self.observe(tokens, where, _keep_key_values, segment_ids=segment_ids)
         return hidden, KeyValues(k, v, where, segment_ids)
 
     def attend_prefix(
@@ -253,7 +282,7 @@ class Decoder(nnx.Module):
                 prefix_mask=follows,
             )
 
-        return self._run(tokens, start + counts, attend, (prefix.k, prefix.v), keep_key_values=False)[0]
+        return self._run(tokens, start + counts, attend, (prefix.k, prefix.v), _keep_nothing)[0]
 
     def logits(
         self, hidden: Float[Array, "*b d"], token_ids: Int[Array, "k"] | None = None
@@ -269,8 +298,8 @@ class Decoder(nnx.Module):
         return jnp.einsum(equation, hidden, table, precision=precision, preferred_element_type=jnp.float32)
 
     def _run_causal(
-        self, tokens: Array, where: Array, segment_ids: Array | None, *, keep_key_values: bool
-    ) -> tuple[Array, tuple]:
+        self, tokens: Array, where: Array, segment_ids: Array | None, keep: Callable[[LayerStates], Any]
+    ) -> tuple[Array, Any]:
         if segment_ids is None:
             self._check_length(tokens.shape[-1])
         mask, positions = _within(where, segment_ids)
@@ -278,11 +307,16 @@ class Decoder(nnx.Module):
         def attend(_, queries, keys, values):
             return dense_attention(queries, keys, values, mask)
 
-        return self._run(tokens, positions, attend, (), keep_key_values=keep_key_values)
+        return self._run(tokens, positions, attend, (), keep)
 
     def _run(
-        self, tokens: Array, positions: Array, attend: Callable, per_layer: tuple, *, keep_key_values: bool
-    ) -> tuple[Array, tuple]:
+        self,
+        tokens: Array,
+        positions: Array,
+        attend: Callable,
+        per_layer: tuple,
+        keep: Callable[[LayerStates], Any],
+    ) -> tuple[Array, Any]:
         """Embeds, scans the layers (`attend` gets its slice of `per_layer` first), applies the final norm."""
         config = self.config
         frequencies, amplitude = rope_frequencies(
@@ -297,13 +331,13 @@ class Decoder(nnx.Module):
         def step(hidden, inputs):
             weights, extra = inputs
             layer = nnx.merge(structure, weights)
-            hidden, key_values = layer(hidden, rotation, lambda *heads: attend(extra, *heads))
-            return hidden, key_values if keep_key_values else ()
+            hidden, states = layer(hidden, rotation, lambda *heads: attend(extra, *heads))
+            return hidden, keep(states)
 
         saved = jax.checkpoint_policies.dots_with_no_batch_dims_saveable if not self.use_remat else None
         step = jax.checkpoint(step, prevent_cse=False, policy=saved)
-        hidden, key_values = jax.lax.scan(step, self.embed_tokens(tokens), (stacked, per_layer))
-        return self.norm(hidden), key_values
+        hidden, kept = jax.lax.scan(step, self.embed_tokens(tokens), (stacked, per_layer))
+        return self.norm(hidden), kept
 
     def _check_length(self, length: int) -> None:
         config = self.config
@@ -328,6 +362,14 @@ def at_ends(hidden: Float[Array, "b w t d"], ends: Int[Array, "b *m"]) -> Float[
     rows = hidden.reshape(hidden.shape[0], -1, hidden.shape[-1])  # [b (w t) d]
     places = ends.reshape(hidden.shape[0], -1, 1)
     return jnp.take_along_axis(rows, places, axis=1).reshape(*ends.shape, hidden.shape[-1])
+
+
+def _keep_nothing(_: LayerStates) -> tuple:
+    return ()
+
+
+def _keep_key_values(states: LayerStates) -> tuple[Array, Array]:
+    return states.keys, states.values
 
 
 def _within(where: Array, segment_ids: Array | None) -> tuple[Array, Array]:

@@ -92,8 +92,10 @@ def test_parts(pairs, case):
         if config.use_qk_norm:
             compare(f"{at}.self_attn.q_norm", layer.self_attn.q_norm)
             compare(f"{at}.self_attn.k_norm", layer.self_attn.k_norm)
-        compare(f"{at}.self_attn", lambda x, part=layer.self_attn: part(x, rotation, attend)[0])
-        compare(f"{at}.mlp", layer.mlp)
+        compare(
+            f"{at}.self_attn", lambda x, part=layer.self_attn: part.o_proj(part.mix(x, rotation, attend)[0])
+        )
+        compare(f"{at}.mlp", lambda x, part=layer.mlp: part.down_proj(part.widen(x)))
         compare(at, lambda x, part=layer: part(x, rotation, attend)[0])
     compare("norm", model.norm)
     hidden, expected = calls["lm_head"]

@@ -1,0 +1,172 @@
+"""Pruning a ranker and healing it, on a made-up collection and tiny models."""
+
+import dataclasses
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxsearch.errors import InputError
+from jaxsearch.nn.pruning import Search
+from jaxsearch.ranker import load_ranker
+from jaxsearch.scoring.prefill import ScoreRequest
+from tests.tiny_bundle import write_parts
+from tests.tiny_collection import write_collection
+from train import prune
+from train import ranker as ranker_trainer
+from train.inputs import load_data, offline_scorer
+from train.loop import LoopConfig
+from train.step import OptimizerConfig
+from train.teachers import DistilledLoss, Taught
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    root = tmp_path_factory.mktemp("world")
+    parts = write_parts(root)
+    return {"collection": str(write_collection(root / "data"))} | {k: str(path) for k, path in parts.items()}
+
+
+def prune_config(world, **changes):
+    config = prune.PruneConfig(
+        ranker=world["ranker"],
+        collection=world["collection"],
+        vertical=world["vertical"],
+        retriever=world["encoder"],
+        drop_layers=1,
+        mlp_dim=10,
+        num_heads=1,
+        search=Search(chunk=3, num_swaps=2),
+        calibration_queries=4,
+        per_query=4,
+        layer_queries=2,
+        check_queries=3,
+        check_depth=4,
+    )
+    return dataclasses.replace(config, **changes)
+
+
+def heal_config(world, base, **changes):
+    config = ranker_trainer.RankerConfig(
+        base=str(base),
+        layers=(),
+        labels="",
+        teacher=world["ranker"],
+        collection=world["collection"],
+        vertical=world["vertical"],
+        retriever=world["encoder"],
+        batch_queries=4,
+        candidates_per_query=4,
+        max_shared_tokens=80,
+        max_item_tokens=64,
+        check_queries=3,
+        check_depth=4,
+        loss=dataclasses.replace(ranker_trainer.RankerLoss(), gold_weight=0.0, teacher_weight=1.0),
+        loop=LoopConfig(num_steps=40, log_every=1),
+        optimizer=OptimizerConfig(learning_rate=1e-2),
+    )
+    return dataclasses.replace(config, **changes)
+
+
+def divergence(world, folder):
+    """Mean distance of the answers from the whole ranker's, over all documents of three queries."""
+    collection, vertical = load_data(prune_config(world))
+    whole, smaller = load_ranker(world["ranker"]), load_ranker(folder)
+    texts = [vertical.document_text(document, whole.view) for document in collection.documents.values()]
+    scores = []
+    for ranker in (whole, smaller):
+        prompts = [ranker.request(query.text, texts) for query in collection.split("train")[:3]]
+        scored = offline_scorer(ranker).score(
+            [ScoreRequest(prompt.prefix, prompt.items) for prompt in prompts]
+        )
+        scores.append(np.concatenate([ranker.scores(logits) for logits in scored]))
+    return float(np.abs(scores[0] - scores[1]).mean())
+
+
+def test_a_pruned_ranker_is_smaller_says_what_went_and_can_be_healed(world, tmp_path):
+    prune.main(prune_config(world), tmp_path / "prune")
+    folder = tmp_path / "prune" / "model"
+    whole, pruned = load_ranker(world["ranker"]), load_ranker(folder)
+    smaller = dataclasses.replace(whole.decoder.config, num_layers=1, mlp_dim=10, num_heads=1)
+    assert pruned.decoder.config == smaller
+    assert pruned.prompt.card() == whole.prompt.card()
+    report = json.loads((tmp_path / "prune" / "report.json").read_text())
+    assert len(report["layers"]) == 1
+    assert {*report["layers"], report["dropped"][0]["layer"]} == {0, 1}
+    assert report["dropped"][0]["damage"] > 0
+    assert all(0 < lost < 1 for part in report["lost_energy"].values() for lost in part)
+    assert report["weights"]["after"]["layers"] < report["weights"]["before"]["layers"] / 2
+    card = json.loads((folder / "jaxsearch.json").read_text())
+    assert card["trained"]["pruned_from"] == whole.version
+
+    ranker_trainer.main(heal_config(world, folder), tmp_path / "heal")
+    healed = load_ranker(tmp_path / "heal" / "model")
+    assert healed.decoder.config == smaller
+    assert divergence(world, tmp_path / "heal" / "model") < 0.5 * divergence(world, folder)
+    lines = (tmp_path / "heal" / "metrics.jsonl").read_text().splitlines()
+    shares = [record["labelled_share"] for record in map(json.loads, lines) if "labelled_share" in record]
+    assert shares
+    assert set(shares) == {1.0}
+
+
+def test_the_layer_that_goes_is_the_one_that_the_answers_need_least(world):
+    config = prune_config(world)
+    ranker = load_ranker(world["ranker"])
+    for kernel in (ranker.decoder.layers.self_attn.o_proj.kernel, ranker.decoder.layers.mlp.down_proj.kernel):
+        kernel[...] = kernel[...].at[0].set(0.0)
+    collection, vertical = load_data(config)
+    retriever = prune.load_retriever(config.retriever)
+    prompts = prune.calibration_prompts(config, ranker, collection, vertical, retriever)
+    kept, dropped = prune.find_layers(config, ranker, prompts)
+    assert kept == [1]
+    assert dropped[0].damage == pytest.approx(0.0, abs=1e-6)
+
+
+def test_calibration_counts_every_computed_token_once(world):
+    config, ranker = prune_config(world), load_ranker(world["ranker"])
+    collection, vertical = load_data(config)
+    retriever = prune.load_retriever(config.retriever)
+    prompts = prune.calibration_prompts(config, ranker, collection, vertical, retriever)
+    assert [len(prompt.items) for prompt in prompts] == [4] * 4
+    batches = list(prune.packed_batches(prompts, pad_id=0, longest=144, pieces=2))
+    expected = sum(len(prompt.prefix) + sum(map(len, prompt.items)) for prompt in prompts)
+    assert sum(int(batch.where.sum()) for batch in batches) == expected
+    counted = sorted(token for batch in batches for token in batch.tokens[batch.where].tolist())
+    assert counted == sorted(t for prompt in prompts for part in (prompt.prefix, *prompt.items) for t in part)
+    assert all(len(batch.tokens) % 2 == 0 for batch in batches)
+
+
+def test_a_ranker_teaches_what_it_would_answer(world):
+    """The loss with a ranker in the step is that with its probabilities as stored labels."""
+    config = heal_config(world, world["ranker"])
+    teacher, student = load_ranker(world["ranker"]), load_ranker(world["ranker"])
+    student.decoder.norm.weight[...] = student.decoder.norm.weight[...] * 1.5
+    collection, vertical = load_data(config)
+    data = ranker_trainer.RankerData(student, collection, vertical, {}, [], config)
+    model, loss, make_batch = ranker_trainer.learning(student, teacher, data, config.loss)
+    assert isinstance(model, Taught)
+    assert isinstance(loss, DistilledLoss)
+    batch = make_batch(0)
+    stored = np.zeros_like(batch.teacher).reshape(-1, batch.teacher.shape[-1])
+    for row, (query_id, keys) in enumerate(data.draw(0)):
+        texts = [vertical.document_text(collection.documents[key], teacher.view) for key in keys]
+        prompt = teacher.request(collection.queries[query_id].text, texts)
+        (logits,) = offline_scorer(teacher).score([ScoreRequest(prompt.prefix, prompt.items)])
+        stored[row, : len(keys)] = 1 / (1 + np.exp(-teacher.scores(logits)))
+    labelled = dataclasses.replace(batch, teacher=stored.reshape(batch.teacher.shape))
+    expected = config.loss(student.ranker, jax.tree.map(jnp.asarray, labelled))[0]
+    found = loss(model, jax.tree.map(jnp.asarray, batch))[0]
+    assert float(found) == pytest.approx(float(expected), rel=1e-5)
+
+
+def test_what_makes_no_sense_is_refused(world, tmp_path):
+    with pytest.raises(InputError, match="nothing is to be cut"):
+        prune.main(prune_config(world, drop_layers=0, mlp_dim=0, num_heads=0), tmp_path / "none")
+    with pytest.raises(InputError, match="mlp_dim 25 is not from 1 to the decoder's 24"):
+        prune.main(prune_config(world, mlp_dim=25), tmp_path / "wide")
+    with pytest.raises(InputError, match="at least one must stay"):
+        prune.main(prune_config(world, drop_layers=2), tmp_path / "empty")
+    with pytest.raises(InputError, match="set max_shared_tokens, max_item_tokens and view"):
+        ranker_trainer.main(heal_config(world, world["ranker"], max_item_tokens=60), tmp_path / "heal")
