@@ -20,7 +20,7 @@ RUN := $(VENV)/bin/python
 READY := $(VENV)/.ready
 PARITY_READY := $(PARITY_VENV)/.ready
 
-.PHONY: help install demo serve reference test check parity throughput format clean
+.PHONY: help install demo serve reference test check parity throughput bench format clean
 .DELETE_ON_ERROR:
 
 help:  ## this list
@@ -52,6 +52,9 @@ parity: $(PARITY_READY)  ## the networks against torch and transformers, in an e
 
 throughput: $(PARITY_READY)  ## training steps beside torch's; the table is docs/results/throughput
 	$(PARITY_VENV)/bin/python -m train.throughput --config configs/throughput.py --workdir work/throughput $(QUICK_FLAG)
+
+bench: $(PARITY_READY)  ## scoring beside torch's; the table is docs/results/bench
+	$(PARITY_VENV)/bin/python -m train.bench --config configs/bench.py --workdir work/bench $(QUICK_FLAG)
 
 format: $(READY)  ## applies what `make check` asks of the form
 	$(RUN) -m ruff format .

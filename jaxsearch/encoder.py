@@ -20,7 +20,8 @@ from jaxsearch.data.batches import pad_tokens
 from jaxsearch.data.tokenizer import Tokenizer
 from jaxsearch.errors import InputError
 from jaxsearch.nn.bert import Bert
-from jaxsearch.nn.transformer import Decoder, last_hidden
+from jaxsearch.nn.layers import last_hidden
+from jaxsearch.nn.transformer import Decoder
 from jaxsearch.sharding import on_one_device
 
 POOLINGS = ("mean", "last")

@@ -19,7 +19,8 @@ from jaxsearch import checkpoints, losses
 from jaxsearch.data.prompts import PromptEncoder, PromptTokens
 from jaxsearch.data.records import MAX_GRADE, NUM_GRADES
 from jaxsearch.data.tokenizer import Tokenizer
-from jaxsearch.nn.transformer import Decoder, at_ends
+from jaxsearch.nn.layers import at_ends
+from jaxsearch.nn.transformer import Decoder
 
 GRADES = tuple(str(grade) for grade in range(NUM_GRADES))
 

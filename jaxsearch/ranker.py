@@ -18,7 +18,8 @@ from jaxtyping import Array, Bool, Float, Int
 from jaxsearch import checkpoints, losses
 from jaxsearch.data.prompts import PromptEncoder, PromptTokens
 from jaxsearch.data.tokenizer import Tokenizer
-from jaxsearch.nn.transformer import Decoder, at_ends
+from jaxsearch.nn.layers import at_ends
+from jaxsearch.nn.transformer import Decoder
 
 LABELS = ("Yes", "No")
 

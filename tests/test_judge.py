@@ -21,8 +21,8 @@ from jaxsearch.judge import (
     save_judge,
     soft_label,
 )
+from jaxsearch.nn.layers import last_hidden
 from jaxsearch.nn.lora import LoRAParam, add_lora, merge_lora
-from jaxsearch.nn.transformer import last_hidden
 from tests.small_models import LLAMA, make
 from tests.tiny_bundle import write_parts
 from tests.tiny_collection import tiny_judge

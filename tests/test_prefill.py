@@ -9,7 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from jaxsearch.errors import InputError
-from jaxsearch.nn.transformer import Decoder, DecoderConfig, last_hidden
+from jaxsearch.nn.layers import last_hidden
+from jaxsearch.nn.transformer import Decoder, DecoderConfig
 from jaxsearch.scoring.prefill import MAX_LABELS, PrefillScorer, ScoreRequest
 
 VOCAB_SIZE = 97

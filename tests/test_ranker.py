@@ -10,7 +10,7 @@ from flax import nnx
 
 from jaxsearch.data.batches import pack_tokens
 from jaxsearch.errors import InputError
-from jaxsearch.nn.transformer import last_hidden
+from jaxsearch.nn.layers import last_hidden
 from jaxsearch.ranker import Ranker, RankerBatch, RankerLoss, TextRanker, load_ranker, save_ranker
 from tests.small_models import LLAMA, make
 from tests.tiny_bundle import write_parts

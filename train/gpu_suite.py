@@ -22,7 +22,8 @@ import numpy as np
 from flax import nnx
 
 from jaxsearch.files import write_json
-from jaxsearch.nn.transformer import Decoder, DecoderConfig, last_hidden
+from jaxsearch.nn.layers import last_hidden
+from jaxsearch.nn.transformer import Decoder, DecoderConfig
 from jaxsearch.ranker import Ranker, RankerBatch, RankerLoss
 from jaxsearch.retrieval.exact import ExactIndex
 from jaxsearch.scoring.prefill import PrefillScorer, ScoreRequest

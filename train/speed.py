@@ -72,12 +72,23 @@ def flops_per_token(model: nnx.Module, trainable: Any) -> int:
         90
     """
     _, trained, rest = nnx.split(model, trainable, ...)
-    total = 0
-    for state, factor in ((trained, 6), (rest, 4)):
-        arrays, axes, has_two = flatten_state(state), param_axes(state), is_kernel(state)
-        counted = [name for name in arrays if has_two[name] and not TABLE_AXES & set(axes[name] or ())]
-        total += factor * sum(math.prod(arrays[name].shape) for name in counted)
-    return total
+    return 6 * _multiplied(trained) + 4 * _multiplied(rest)
+
+
+def weights_per_token(model: nnx.Module) -> int:
+    """How many weights a token is multiplied with: two FLOPs each in a forward pass.
+
+    Example:
+        >>> weights_per_token(nnx.Linear(3, 5, rngs=nnx.Rngs(0)))
+        15
+    """
+    return _multiplied(nnx.state(model))
+
+
+def _multiplied(state: nnx.State) -> int:
+    arrays, axes, has_two = flatten_state(state), param_axes(state), is_kernel(state)
+    counted = [name for name in arrays if has_two[name] and not TABLE_AXES & set(axes[name] or ())]
+    return sum(math.prod(arrays[name].shape) for name in counted)
 
 
 def commit() -> str:

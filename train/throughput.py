@@ -34,8 +34,8 @@ from jaxsearch.errors import InputError
 from jaxsearch.files import write_json
 from jaxsearch.judge import new_judge
 from jaxsearch.nn.convert import load_pretrained
+from jaxsearch.nn.layers import last_hidden
 from jaxsearch.nn.pruning import keep_layers
-from jaxsearch.nn.transformer import last_hidden
 from jaxsearch.ranker import Ranker, RankerBatch, RankerLoss, new_ranker
 from train.config import Count
 from train.encoder import EncoderConfig, EncoderData

@@ -37,6 +37,16 @@ def segment_positions(segment_ids: Int[Array, "*b t"]) -> Int[Array, "*b t"]:
     return jnp.where(segment_ids > 0, places, 0)
 
 
+def causal_within(
+    where: Bool[Array, "*b t"], segment_ids: Int[Array, "*b t"] | None
+) -> tuple[Bool[Array, "*b t t"], Int[Array, "*b t"]]:
+    """What each position sees, and its place from 0: over the kept tokens, or in its segment."""
+    mask = causal_mask(where)
+    if segment_ids is not None:
+        return mask & segment_mask(segment_ids), segment_positions(segment_ids)
+    return mask, jnp.maximum(jnp.cumsum(where, axis=-1, dtype=jnp.int32) - 1, 0)
+
+
 def dense_attention(
     queries: Float[Array, "*b t k g h"],
     keys: Float[Array, "*b s k h"],
@@ -88,17 +98,18 @@ def merge_attention(
 
 
 def shared_prefix_attention(
-    queries: Float[Array, "q c t k g h"],
+    queries: Float[Array, "q c m k g h"],
     keys: Float[Array, "q c t k h"],
     values: Float[Array, "q c t k h"],
-    mask: Bool[Array, "q c t t"],
+    mask: Bool[Array, "q c m t"],
     *,
     prefix_keys: Float[Array, "q s k h"],
     prefix_values: Float[Array, "q s k h"],
-    prefix_mask: Bool[Array, "q c t s"] | Bool[Array, "q 1 1 s"],
-) -> Float[Array, "q c t k g h"]:
+    prefix_mask: Bool[Array, "q c m s"] | Bool[Array, "q 1 1 s"],
+) -> Float[Array, "q c m k g h"]:
     """Every item of a query attends to what `prefix_mask` keeps of the query's prefix and, under `mask`, to itself.
 
+    m of an item's t positions ask, mostly all of them.
     The prefix stays one array per query: its products contract all items at once, no copy per item is made.
     The result has the queries' dtype and equals dense attention over the concatenation of prefix and item.
     """

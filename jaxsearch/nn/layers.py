@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax.typing import DTypeLike
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from jaxsearch.errors import InputError
 
@@ -286,3 +286,22 @@ def rotate(
     cos, sin = cos[..., None, :], sin[..., None, :]
     turned = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
     return turned.astype(heads.dtype)
+
+
+def rows_at(rows: Array, places: Int[Array, "*b m"]) -> Array:
+    """Rows [*b m x] of [*b t x] at `places`."""
+    return jnp.take_along_axis(rows, places[..., None], axis=-2)
+
+
+def last_hidden(hidden: Float[Array, "*b t d"], where: Bool[Array, "*b t"]) -> Float[Array, "*b d"]:
+    """The hidden state of each row's last kept position (of position t - 1 where nothing is kept)."""
+    trailing = jnp.argmax(jnp.flip(where, axis=-1), axis=-1)
+    last = where.shape[-1] - 1 - trailing
+    return jnp.take_along_axis(hidden, last[..., None, None], axis=-2)[..., 0, :]
+
+
+def at_ends(hidden: Float[Array, "b w t d"], ends: Int[Array, "b *m"]) -> Float[Array, "b *m d"]:
+    """The hidden states at `ends`, places in a group's rows put end to end (see `data.batches.pack_tokens`)."""
+    rows = hidden.reshape(hidden.shape[0], -1, hidden.shape[-1])  # [b (w t) d]
+    places = ends.reshape(hidden.shape[0], -1, 1)
+    return jnp.take_along_axis(rows, places, axis=1).reshape(*ends.shape, hidden.shape[-1])

@@ -16,13 +16,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int
 
 from jaxsearch.errors import InputError
-from jaxsearch.nn.attention import (
-    causal_mask,
-    dense_attention,
-    segment_mask,
-    segment_positions,
-    shared_prefix_attention,
-)
+from jaxsearch.nn.attention import causal_within, dense_attention, shared_prefix_attention
 from jaxsearch.nn.layers import (
     Embedding,
     Linear,
@@ -31,6 +25,7 @@ from jaxsearch.nn.layers import (
     matmul_precision,
     rope_frequencies,
     rotate,
+    rows_at,
 )
 
 FAMILIES = ("llama", "qwen2", "qwen3")
@@ -116,18 +111,27 @@ class Attention(nnx.Module):
         self.num_kv_heads, self.head_dim = config.num_kv_heads, config.head_dim
 
     def mix(
-        self, inputs: Array, rotation: tuple[Array, Array], attend: Callable
+        self, inputs: Array, rotation: tuple[Array, Array], attend: Callable, places: Array | None = None
     ) -> tuple[Array, Array, Array]:
-        """What the heads attended to, side by side, and the (rotated) keys and values: all but `o_proj`."""
+        """What the heads attended to, side by side, and the (rotated) keys and values: all but `o_proj`.
+
+        With `places` only they have queries.
+        """
         heads = (*inputs.shape[:-1], -1, self.head_dim)
-        queries, keys = self.q_proj(inputs).reshape(heads), self.k_proj(inputs).reshape(heads)
+        asking = inputs if places is None else rows_at(inputs, places)
+        turned = rotation if places is None else tuple(rows_at(each, places) for each in rotation)
+        lead = asking.shape[:-1]
+        queries, keys = (
+            self.q_proj(asking).reshape(*lead, -1, self.head_dim),
+            self.k_proj(inputs).reshape(heads),
+        )
         values = self.v_proj(inputs).reshape(heads)
         if self.q_norm is not None and self.k_norm is not None:
             queries, keys = self.q_norm(queries), self.k_norm(keys)
-        queries, keys = rotate(queries, *rotation), rotate(keys, *rotation)
-        grouped = queries.reshape(*inputs.shape[:-1], self.num_kv_heads, -1, self.head_dim)
+        queries, keys = rotate(queries, *turned), rotate(keys, *rotation)
+        grouped = queries.reshape(*lead, self.num_kv_heads, -1, self.head_dim)
         attended = attend(grouped, keys, values)
-        return attended.reshape(*inputs.shape[:-1], -1), keys, values
+        return attended.reshape(*lead, -1), keys, values
 
 
 class GatedMlp(nnx.Module):
@@ -156,10 +160,12 @@ class DecoderLayer(nnx.Module):
         self.mlp = GatedMlp(config, rngs=rngs, **common)
 
     def __call__(
-        self, inputs: Array, rotation: tuple[Array, Array], attend: Callable
+        self, inputs: Array, rotation: tuple[Array, Array], attend: Callable, places: Array | None = None
     ) -> tuple[Array, LayerStates]:
-        mixed, keys, values = self.self_attn.mix(self.input_layernorm(inputs), rotation, attend)
-        middle = inputs + self.self_attn.o_proj(mixed)
+        """Outputs of all positions, or of `places` alone: then the others give keys and values and nothing else."""
+        mixed, keys, values = self.self_attn.mix(self.input_layernorm(inputs), rotation, attend, places)
+        stream = inputs if places is None else rows_at(inputs, places)
+        middle = stream + self.self_attn.o_proj(mixed)
         widened = self.mlp.widen(self.post_attention_layernorm(middle))
         return middle + self.mlp.down_proj(widened), LayerStates(keys, values, mixed, widened)
 
@@ -250,7 +256,8 @@ class Decoder(nnx.Module):
         *,
         segment_ids: Int[Array, "q c t"] | None = None,
         prefix_ids: Int[Array, "q c t"] | None = None,
-    ) -> Float[Array, "q c t d"]:
+        places: Int[Array, "q c m"] | None = None,
+    ) -> Float[Array, "q c m d"]:
         """Hidden states of items that each follow their query's prefix and do not see one another.
 
         Equal to a call on prefix + item (fp32: within 1e-5) for the price of the item alone: the prefix's
@@ -260,29 +267,32 @@ class Decoder(nnx.Module):
             segment_ids: where rows hold several items one after another, which of them a token belongs to;
                 they do not see one another either, and each starts right behind the prefix.
             prefix_ids: where the prefix has segments, which of them a token follows.
+            places: positions of each row whose states are wanted (default: all, m = t); in the last layer the others
+                are not computed.
         """
         if segment_ids is None:
             self._check_length(prefix.where.shape[-1] + tokens.shape[-1])
-        mask, counts = _within(where, segment_ids)
+        mask, counts = causal_within(where, segment_ids)
         follows = prefix.where[:, None, None]
         assert (prefix.segment_ids is None) == (prefix_ids is None), "a prefix with segments needs prefix_ids"
         if prefix_ids is not None and prefix.segment_ids is not None:
             follows &= prefix.segment_ids[:, None, None] == prefix_ids[..., None]
         start = jnp.sum(follows, axis=-1, dtype=jnp.int32)
 
-        def attend(layer_prefix, queries, keys, values):
+        def attend(layer_prefix, queries, keys, values, at):
             shared_keys, shared_values = layer_prefix
             return shared_prefix_attention(
                 queries,
                 keys,
                 values,
-                mask,
+                mask if at is None else rows_at(mask, at),
                 prefix_keys=shared_keys,
                 prefix_values=shared_values,
-                prefix_mask=follows,
+                prefix_mask=follows if at is None or prefix_ids is None else rows_at(follows, at),
             )
 
-        return self._run(tokens, start + counts, attend, (prefix.k, prefix.v), _keep_nothing)[0]
+        per_layer = (prefix.k, prefix.v)
+        return self._run(tokens, start + counts, attend, per_layer, _keep_nothing, places)[0]
 
     def logits(
         self, hidden: Float[Array, "*b d"], token_ids: Int[Array, "k"] | None = None
@@ -302,10 +312,10 @@ class Decoder(nnx.Module):
     ) -> tuple[Array, Any]:
         if segment_ids is None:
             self._check_length(tokens.shape[-1])
-        mask, positions = _within(where, segment_ids)
+        mask, positions = causal_within(where, segment_ids)
 
-        def attend(_, queries, keys, values):
-            return dense_attention(queries, keys, values, mask)
+        def attend(_, queries, keys, values, at):
+            return dense_attention(queries, keys, values, mask if at is None else rows_at(mask, at))
 
         return self._run(tokens, positions, attend, (), keep)
 
@@ -316,8 +326,12 @@ class Decoder(nnx.Module):
         attend: Callable,
         per_layer: tuple,
         keep: Callable[[LayerStates], Any],
+        places: Array | None = None,
     ) -> tuple[Array, Any]:
-        """Embeds, scans the layers (`attend` gets its slice of `per_layer` first), applies the final norm."""
+        """Embeds, scans the layers (`attend` gets its slice of `per_layer` first), applies the final norm.
+
+        With `places` the last layer stands alone, computes them only, and nothing is kept.
+        """
         config = self.config
         frequencies, amplitude = rope_frequencies(
             config.head_dim, config.rope_theta, config.rope_scaling, config.max_positions
@@ -328,11 +342,30 @@ class Decoder(nnx.Module):
         rotation = jnp.cos(angles) * amplitude, jnp.sin(angles) * amplitude
         structure, stacked = nnx.split(self.layers)
 
-        def step(hidden, inputs):
+        def run_layer(hidden, inputs, at=None):
             weights, extra = inputs
             layer = nnx.merge(structure, weights)
-            hidden, states = layer(hidden, rotation, lambda *heads: attend(extra, *heads))
+            return layer(hidden, rotation, lambda *heads: attend(extra, *heads, at), at)
+
+        def step(hidden, inputs):
+            hidden, states = run_layer(hidden, inputs)
             return hidden, keep(states)
+
+        if places is not None:
+
+            def layer_at(index):
+                return jax.tree.map(
+                    lambda leaf: jax.lax.dynamic_index_in_dim(leaf, index, keepdims=False),
+                    (stacked, per_layer),
+                )
+
+            hidden = jax.lax.fori_loop(
+                0,
+                config.num_layers - 1,
+                lambda index, hidden: run_layer(hidden, layer_at(index))[0],
+                self.embed_tokens(tokens),
+            )
+            return self.norm(run_layer(hidden, layer_at(config.num_layers - 1), places)[0]), ()
 
         saved = jax.checkpoint_policies.dots_with_no_batch_dims_saveable if not self.use_remat else None
         step = jax.checkpoint(step, prevent_cse=False, policy=saved)
@@ -350,31 +383,9 @@ class Decoder(nnx.Module):
             )
 
 
-def last_hidden(hidden: Float[Array, "*b t d"], where: Bool[Array, "*b t"]) -> Float[Array, "*b d"]:
-    """The hidden state of each row's last kept position (of position t - 1 where nothing is kept)."""
-    trailing = jnp.argmax(jnp.flip(where, axis=-1), axis=-1)
-    last = where.shape[-1] - 1 - trailing
-    return jnp.take_along_axis(hidden, last[..., None, None], axis=-2)[..., 0, :]
-
-
-def at_ends(hidden: Float[Array, "b w t d"], ends: Int[Array, "b *m"]) -> Float[Array, "b *m d"]:
-    """The hidden states at `ends`, places in a group's rows put end to end (see `data.batches.pack_tokens`)."""
-    rows = hidden.reshape(hidden.shape[0], -1, hidden.shape[-1])  # [b (w t) d]
-    places = ends.reshape(hidden.shape[0], -1, 1)
-    return jnp.take_along_axis(rows, places, axis=1).reshape(*ends.shape, hidden.shape[-1])
-
-
 def _keep_nothing(_: LayerStates) -> tuple:
     return ()
 
 
 def _keep_key_values(states: LayerStates) -> tuple[Array, Array]:
     return states.keys, states.values
-
-
-def _within(where: Array, segment_ids: Array | None) -> tuple[Array, Array]:
-    """What each position sees, and its place from 0: over the kept tokens, or in its segment."""
-    mask = causal_mask(where)
-    if segment_ids is not None:
-        return mask & segment_mask(segment_ids), segment_positions(segment_ids)
-    return mask, jnp.maximum(jnp.cumsum(where, axis=-1, dtype=jnp.int32) - 1, 0)

@@ -127,6 +127,10 @@ class PrefillScorer:
     def use_weights(self, decoder: Decoder) -> None:
         """Scores with this decoder's weights from now on, wherever they are; same shapes: nothing is compiled again."""
         self._weights = on_one_device(nnx.state(decoder))
+        self.forget_prefixes()
+
+    def forget_prefixes(self) -> None:
+        """Drops the keys and values of earlier prefixes."""
         self._prefixes.clear()
 
     def plan(self, requests: Sequence[ScoreRequest]) -> list[ScoreBatch]:
@@ -262,11 +266,9 @@ def _run_items(
     label_token_ids: Int[Array, "labels"],
 ) -> Float[Array, "c labels"]:
     decoder = nnx.merge(graph, weights)
-    count, length = tokens.shape[1:]
-    where = jnp.arange(length)[None, :] < lengths[:, None]
-    hidden = decoder.attend_prefix(tokens, where[None], prefix)[0]
-    last = hidden[jnp.arange(count), lengths - 1]
-    return decoder.logits(last, label_token_ids)
+    where = jnp.arange(tokens.shape[2])[None, :] < lengths[:, None]
+    last = decoder.attend_prefix(tokens, where[None], prefix, places=(lengths - 1)[None, :, None])
+    return decoder.logits(last[0, :, 0], label_token_ids)
 
 
 def _as_buckets(sizes: Buckets | Iterable[int]) -> Buckets:

@@ -1,0 +1,17 @@
+"""Scoring 50 documents a query beside torch: SmolLM2-135M, about 60 + 150 tokens.
+
+Command: python -m train.bench --config configs/bench.py --workdir work/bench
+         in the environment of `make parity` (it needs torch), or `make bench`
+Time: TIME
+Numbers: docs/results/bench.
+"""
+
+from train.bench import BenchConfig
+
+
+def config() -> BenchConfig:
+    return BenchConfig()
+
+
+def quick() -> BenchConfig:
+    return BenchConfig(layers=(0, 1), num_items=8, repeats=1)
