@@ -43,6 +43,7 @@ LENGTH_SPREAD = 0.35
 """Standard deviation of the logarithm of a document's length; half of them are within 25 % of the middle."""
 BATCHED = 16
 """Prompts of a padded batch in torch."""
+ITEM_BUCKETS = 16
 REFERENCE, BASE = "transformers, one by one", "transformers, batches"
 """Whose scores the others must equal, and whose speed they are stated of."""
 
@@ -147,7 +148,7 @@ def our_ways(config: BenchConfig, ranker: TextRanker, lengths: Sequence[int]) ->
             ranker.decoder,
             ranker.label_ids,
             prefix_buckets=prefixes,
-            item_buckets=Buckets.fit(sizes, count=8, largest=largest),
+            item_buckets=Buckets.fit(sizes, count=ITEM_BUCKETS, largest=largest),
             max_batch_tokens=max(batch_tokens, largest + 8),
             prefix_cache_size=1,
         )

@@ -15,6 +15,9 @@ from jaxsearch.nn.layers import matmul_precision
 
 EMPTY_LSE = -1e30
 """Log-sum-exp of a row that attends to nothing: finite, so that merging never computes inf - inf."""
+QUERY_BLOCK, MOST_BLOCKS = 48, 8
+"""Queries of a block on CPU, and how many blocks there may be: each is compiled. Measured, 12 items of 168 tokens in
+float32: 32 ms at once with heads apart, 14 ms with heads as rows, 8 ms in blocks."""
 
 
 def causal_mask(where: Bool[Array, "*b t"]) -> Bool[Array, "*b t t"]:
@@ -52,9 +55,11 @@ def dense_attention(
     keys: Float[Array, "*b s k h"],
     values: Float[Array, "*b s k h"],
     mask: Bool[Array, "*b #t s"],
+    *,
+    is_causal: bool = False,
 ) -> Float[Array, "*b t k g h"]:
     """Softmax attention with scale 1/sqrt(h); `mask` True = attend. The result has the queries' dtype."""
-    return attention_with_lse(queries, keys, values, mask)[0].astype(queries.dtype)
+    return attention_with_lse(queries, keys, values, mask, is_causal=is_causal)[0].astype(queries.dtype)
 
 
 def attention_with_lse(
@@ -62,25 +67,59 @@ def attention_with_lse(
     keys: Float[Array, "*b s k h"],
     values: Float[Array, "*b s k h"],
     mask: Bool[Array, "*b #t s"],
+    *,
+    is_causal: bool = False,
 ) -> tuple[Float[Array, "*b t k g h"], Float[Array, "*b t k g"]]:
     """Attention in float32, and the log of its softmax denominator (`EMPTY_LSE` where nothing is attended).
 
+    A key/value head's query heads are rows of one product. On CPU queries go in blocks whose scores stay in the cache.
+
+    Args: `is_causal` says that `mask`, with t = s, is False behind each query: blocks then leave those keys out.
+    """
+    length = queries.shape[-4]
+    size = length
+    if jax.default_backend() == "cpu":
+        size = max(QUERY_BLOCK, -(-length // MOST_BLOCKS))
+    queries = jnp.moveaxis(queries, -4, -2)  # [... k g t h]
+    keys, values = jnp.moveaxis(keys, -2, -3), jnp.moveaxis(values, -2, -3)  # [... k s h]
+    parts = []
+    for start in range(0, length, size):
+        end = min(start + size, length)
+        seen = end if is_causal else keys.shape[-2]
+        rows = mask if mask.shape[-2] == 1 else mask[..., start:end, :]
+        parts.append(
+            _attend(queries[..., start:end, :], keys[..., :seen, :], values[..., :seen, :], rows[..., :seen])
+        )
+    attended, lse = (
+        jnp.concatenate(each, axis=axis)
+        for each, axis in zip(zip(*parts, strict=True), (-2, -1), strict=True)
+    )
+    return jnp.moveaxis(attended, -2, -4), jnp.moveaxis(lse, -1, -3)
+
+
+def _attend(queries: Array, keys: Array, values: Array, mask: Array) -> tuple[Array, Array]:
+    """Of queries [... k g t h], keys and values [... k s h]: [... k g t h] and [... k g t].
+
     The denominator divides after the product with the values: on [t h], not on [t s].
     """
-    precision = matmul_precision(queries.dtype)
-    accumulate = {"precision": precision, "preferred_element_type": jnp.float32}
-    mask = jnp.expand_dims(mask, (-4, -3))
-    scores = jnp.einsum("...tkgh,...skh->...kgts", queries, keys, **accumulate)
-    scores = jnp.where(mask, scores * (1.0 / math.sqrt(queries.shape[-1])), EMPTY_LSE)
+    accumulate = {
+        "precision": matmul_precision(queries.dtype),
+        "preferred_element_type": jnp.float32,
+    }
+    *lead, groups, length, size = queries.shape
+    rows = queries.reshape(*lead, groups * length, size)
+    scores = jnp.einsum("...th,...sh->...ts", rows, keys, **accumulate)
+    scores = scores.reshape(*lead, groups, length, keys.shape[-2])
+    scores = jnp.where(jnp.expand_dims(mask, (-4, -3)), scores * (1.0 / math.sqrt(size)), EMPTY_LSE)
     peak = jax.lax.stop_gradient(jnp.max(scores, axis=-1, keepdims=True))
-    weights = jnp.where(mask, jnp.exp(scores - peak), 0.0)
+    weights = jnp.exp(scores - peak)
     total = jnp.sum(weights, axis=-1, keepdims=True)
-    is_empty = total == 0.0
-    total = jnp.where(is_empty, 1.0, total)
-    lse = jnp.where(is_empty, EMPTY_LSE, peak + jnp.log(total))
-    attended = jnp.einsum("...kgts,...skh->...tkgh", weights.astype(values.dtype), values, **accumulate)
-    total, lse = (jnp.moveaxis(rows, -2, -4) for rows in (total, lse))  # [... k g t 1] → [... t k g 1]
-    return attended / total, lse[..., 0]
+    rows = weights.astype(values.dtype).reshape(*lead, groups * length, keys.shape[-2])
+    attended = jnp.einsum("...ts,...sh->...th", rows, values, **accumulate)
+    # Where nothing is attended all weights are 1: of finite numbers, that this leaves out.
+    is_empty = peak == EMPTY_LSE
+    attended = jnp.where(is_empty, 0.0, attended.reshape(*lead, groups, length, size) / total)
+    return attended, jnp.where(is_empty, EMPTY_LSE, peak + jnp.log(total))[..., 0]
 
 
 def merge_attention(
@@ -106,14 +145,15 @@ def shared_prefix_attention(
     prefix_keys: Float[Array, "q s k h"],
     prefix_values: Float[Array, "q s k h"],
     prefix_mask: Bool[Array, "q c m s"] | Bool[Array, "q 1 1 s"],
+    is_causal: bool = False,
 ) -> Float[Array, "q c m k g h"]:
     """Every item of a query attends to what `prefix_mask` keeps of the query's prefix and, under `mask`, to itself.
 
-    m of an item's t positions ask, mostly all of them.
+    m of an item's t positions ask, mostly all of them; `is_causal` as of `attention_with_lse`.
     The prefix stays one array per query: its products contract all items at once, no copy per item is made.
     The result has the queries' dtype and equals dense attention over the concatenation of prefix and item.
     """
-    own, own_lse = attention_with_lse(queries, keys, values, mask)
+    own, own_lse = attention_with_lse(queries, keys, values, mask, is_causal=is_causal)
     num_queries, num_items, length = queries.shape[:3]
     rows = queries.reshape(num_queries, num_items * length, *queries.shape[3:])  # [q (c t) k g h]
     prefix_mask = prefix_mask.reshape(num_queries, -1, prefix_mask.shape[-1])  # [q 1 s] or [q (c t) s]

@@ -289,6 +289,7 @@ class Decoder(nnx.Module):
                 prefix_keys=shared_keys,
                 prefix_values=shared_values,
                 prefix_mask=follows if at is None or prefix_ids is None else rows_at(follows, at),
+                is_causal=at is None,
             )
 
         per_layer = (prefix.k, prefix.v)
@@ -315,7 +316,9 @@ class Decoder(nnx.Module):
         mask, positions = causal_within(where, segment_ids)
 
         def attend(_, queries, keys, values, at):
-            return dense_attention(queries, keys, values, mask if at is None else rows_at(mask, at))
+            if at is not None:
+                return dense_attention(queries, keys, values, rows_at(mask, at))
+            return dense_attention(queries, keys, values, mask, is_causal=True)
 
         return self._run(tokens, positions, attend, (), keep)
 
