@@ -64,8 +64,8 @@ OWNERS = {
     "tensorboardX": ("train.loop",),
     "tensorflow": (),
     "tensorflow_datasets": ("jaxsearch.data.builders",),
-    "torch": ("train.torch_peer",),
-    "transformers": ("train.torch_peer",),
+    "torch": ("train.torch_peer", "train.torch_scorers"),
+    "transformers": ("train.torch_peer", "train.torch_scorers"),
     "uvicorn": ("serve",),
 }
 WITHOUT_JAX = ("serve.batcher", "jaxsearch.metrics")
@@ -184,7 +184,7 @@ def test_the_library_and_the_launchers_import_where_heavy_libraries_are_absent(m
     heavy = {name.split(".")[0] for name in reached(module)} & OWNERS.keys()
     if module.startswith("jaxsearch.data.builders."):
         heavy -= {"tensorflow_datasets"}
-    if module == "train.torch_peer":
+    if module in ("train.torch_peer", "train.torch_scorers"):
         heavy -= {"torch", "transformers"}
     assert not heavy, f"importing {module} imports {heavy}"
 

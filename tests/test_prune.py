@@ -14,7 +14,7 @@ from jaxsearch.ranker import load_ranker
 from jaxsearch.scoring.prefill import ScoreRequest
 from tests.tiny_bundle import write_parts
 from tests.tiny_collection import write_collection
-from train import prune
+from train import prune, sweep
 from train import ranker as ranker_trainer
 from train.inputs import load_data, offline_scorer
 from train.loop import LoopConfig
@@ -170,3 +170,35 @@ def test_what_makes_no_sense_is_refused(world, tmp_path):
         prune.main(prune_config(world, drop_layers=2), tmp_path / "empty")
     with pytest.raises(InputError, match="set max_shared_tokens, max_item_tokens and view"):
         ranker_trainer.main(heal_config(world, world["ranker"], max_item_tokens=60), tmp_path / "heal")
+
+
+def test_a_sweep_measures_every_point_beside_the_whole_and_goes_on(world, tmp_path, capsys):
+    points = (
+        sweep.Point("neurons", mlp_dim=10),
+        sweep.Point("by magnitude", mlp_dim=10, method="magnitude"),
+        sweep.Point("layer, healed", drop_layers=1, is_healed=True),
+    )
+    cut = prune_config(world, drop_layers=0, mlp_dim=0, num_heads=0)
+    heal = heal_config(world, "", loop=LoopConfig(num_steps=2))
+    config = sweep.SweepConfig(
+        points, prune=cut, heal=heal, num_queries=3, depth=4, timed_queries=2, repeats=2
+    )
+    sweep.main(config, tmp_path)
+    rows = {row["name"]: row for row in json.loads((tmp_path / "report.json").read_text())["rows"]}
+    assert list(rows) == ["whole", "neurons", "by magnitude", "layer, healed"]
+    assert [row["layers"] for row in rows.values()] == [2, 2, 2, 1]
+    assert [row["mlp_dim"] for row in rows.values()] == [24, 10, 10, 24]
+    assert [row["is_healed"] for row in rows.values()] == [False, False, False, True]
+    assert rows["whole"]["difference"] == [0.0] * 3
+    assert rows["whole"]["weights"] == rows["whole"]["speed"]["median"] == 1.0
+    assert rows["neurons"]["weights"] < 0.8
+    for row in rows.values():
+        mean, low, high = row["ndcg@10"]
+        assert 0 <= low <= mean <= high <= 1
+    assert (tmp_path / "report.png").stat().st_size > 10_000
+    assert "| neurons | 2 | 10 | 2 |" in (tmp_path / "report.md").read_text()
+    capsys.readouterr()
+    sweep.main(config, tmp_path)
+    assert "cutting" not in capsys.readouterr().err
+    with pytest.raises(InputError, match="each needs a name of its own"):
+        sweep.main(dataclasses.replace(config, points=(points[0], points[0])), tmp_path)

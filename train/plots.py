@@ -91,3 +91,39 @@ def curves(records: Sequence[Mapping[str, float]]) -> str:
         figure.savefig(out, format="svg", metadata={"Date": None})
     text = out.getvalue()
     return text[text.index("<svg") :]
+
+
+def plot_tradeoff(path: str | Path, rows: Sequence[Mapping[str, Any]]) -> None:
+    """Speed against NDCG@10 with both spreads; what no other row beats in both is joined by a line."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(8, 5), layout="constrained")
+    axis = figure.subplots()
+    best, front = float("-inf"), []
+    for row in sorted(rows, key=lambda row: -row["speed"]["median"]):
+        if row["ndcg@10"][0] > best:
+            best = row["ndcg@10"][0]
+            front.append((row["speed"]["median"], best))
+    axis.plot(*zip(*front, strict=True), color="0.75", zorder=1)
+    for row in rows:
+        (value, low, high), speed = row["ndcg@10"], row["speed"]
+        x, color = speed["median"], "#0b6e4f" if row["is_healed"] else "#3b6ea5"
+        axis.errorbar(
+            x,
+            value,
+            xerr=[[x - speed["minimum"]], [speed["maximum"] - x]],
+            yerr=[[value - low], [high - value]],
+            fmt="o",
+            color=color,
+            markerfacecolor=color if row["is_healed"] else "white",
+            ecolor="0.8",
+            zorder=2,
+        )
+        axis.annotate(
+            row["name"], (x, value), xytext=(6, 5), textcoords="offset points", fontsize=8, color="0.2"
+        )
+    axis.set_xlabel("speed, the whole ranker = 1", color="0.35", fontsize=9)
+    axis.set_ylabel("NDCG@10, 95 % interval over queries", color="0.35", fontsize=9)
+    axis.set_title("Pruned rankers; filled: healed", loc="left", fontweight="bold")
+    axis.spines[["top", "right"]].set_visible(False)
+    figure.savefig(path, dpi=160, facecolor="white")

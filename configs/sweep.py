@@ -1,0 +1,40 @@
+"""How much of the demo's ranker can go: neurons, layers and both, by three methods, and healed.
+
+Command: python -m train.sweep --config configs/sweep.py --workdir work/sweep
+         --set prune.ranker=work/demo/ranker/model prune.retriever=work/demo/encoder/model
+Time: TIME
+Numbers: docs/results/pruning.
+"""
+
+import dataclasses
+
+from configs.demo import heal, prune
+from train.sweep import Point, SweepConfig
+
+POINTS = (
+    Point("neurons -25 %", mlp_dim=1152),
+    Point("neurons -50 %", mlp_dim=768),
+    Point("neurons -50 %, magnitude", mlp_dim=768, method="magnitude"),
+    Point("neurons -50 %, random", mlp_dim=768, method="random"),
+    Point("neurons -50 %, healed", mlp_dim=768, is_healed=True),
+    Point("neurons -75 %", mlp_dim=384),
+    Point("layers -3", drop_layers=3),
+    Point("layers -3, neurons -50 %", drop_layers=3, mlp_dim=768),
+    Point("layers -3, neurons -50 %, healed", drop_layers=3, mlp_dim=768, is_healed=True),
+)
+
+
+def config() -> SweepConfig:
+    return SweepConfig(POINTS, prune=prune.config(), heal=heal.config())
+
+
+def quick() -> SweepConfig:
+    cut = dataclasses.replace(prune.quick(), drop_layers=0, num_kv_heads=0)
+    points = (
+        Point("heads", num_kv_heads=2),
+        Point("heads, random", num_kv_heads=2, method="random"),
+        Point("layer, healed", drop_layers=1, is_healed=True),
+    )
+    return SweepConfig(
+        points, prune=cut, heal=heal.quick(), num_queries=4, depth=4, timed_queries=1, repeats=2
+    )

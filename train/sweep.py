@@ -1,0 +1,219 @@
+"""What pruning costs and buys: a ranker cut in several ways, each measured on test queries, timed beside the whole one.
+
+    python -m train.sweep --config configs/sweep.py --workdir work/sweep
+
+A point is a cut (`train.prune`), perhaps healed (`train.ranker`, taught by the whole ranker). Finished points are
+kept, so that a killed sweep goes on. Writes `report.json`, `report.md` and a picture of speed against quality.
+"""
+
+import dataclasses
+import datetime
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from jaxsearch.checkpoints import CARD
+from jaxsearch.data.records import Run
+from jaxsearch.errors import InputError
+from jaxsearch.files import write_json
+from jaxsearch.metrics import bootstrap_ci, paired_bootstrap, rank_metrics
+from jaxsearch.nn.pruning import Method
+from jaxsearch.ranker import TextRanker, load_ranker
+from jaxsearch.scoring.prefill import PrefillScorer
+from train import prune
+from train import ranker as ranker_trainer
+from train.config import Count, CountOrNone
+from train.inputs import load_data, load_retriever, mine, offline_scorer
+from train.options import progress, run, say
+from train.plots import plot_tradeoff
+from train.prune import PruneConfig
+from train.ranker import RankerConfig, rerank
+from train.speed import commit, spread, weights_per_token
+from train.workdir import claim
+
+WHOLE = "whole"
+
+
+@dataclasses.dataclass(frozen=True)
+class Point:
+    """One cut; numbers as in `PruneConfig`, 0 keeps all."""
+
+    name: str
+    drop_layers: CountOrNone = 0
+    mlp_dim: CountOrNone = 0
+    num_heads: CountOrNone = 0
+    num_kv_heads: CountOrNone = 0
+    method: Method = "osscar"
+    is_healed: bool = False
+
+
+@dataclasses.dataclass(frozen=True)
+class SweepConfig:
+    """The ranker, how it is cut and healed, and what the results are measured on."""
+
+    points: tuple[Point, ...]
+    prune: PruneConfig = dataclasses.field(default_factory=PruneConfig)
+    """Ranker, data and search of every cut; the numbers are the points'."""
+    heal: RankerConfig = dataclasses.field(default_factory=RankerConfig)
+    """Of every point that is healed; base and teacher are the sweep's, the data those of `prune`."""
+    num_queries: Count = 100
+    """Test queries."""
+    depth: Count = 20
+    """The retriever's best documents that are re-ranked."""
+    timed_queries: Count = 8
+    """Of them, those whose scoring is timed."""
+    repeats: Count = 5
+
+
+def made(config: SweepConfig, point: Point, workdir: Path) -> Path:
+    """The folder of a point's ranker, cut and healed unless it was before."""
+    shape = {name: getattr(point, name) for name in ("drop_layers", "mlp_dim", "num_heads", "num_kv_heads")}
+    search = dataclasses.replace(config.prune.search, method=point.method)
+    key = "-".join([point.method, *(str(value) for value in shape.values())])
+    folder = workdir / "points" / key
+    folder.mkdir(parents=True, exist_ok=True)
+    if not (folder / "model" / CARD).exists():
+        say(f"{point.name}: cutting")
+        prune.main(dataclasses.replace(config.prune, search=search, **shape), folder)
+    if not point.is_healed:
+        return folder / "model"
+    healed = folder / "healed"
+    healed.mkdir(exist_ok=True)
+    if not (healed / "model" / CARD).exists():
+        say(f"{point.name}: healing")
+        data = {
+            name: getattr(config.prune, name)
+            for name in ("collection", "skip_bad_lines", "vertical", "retriever")
+        }
+        heal = dataclasses.replace(
+            config.heal, base=str(folder / "model"), teacher=config.prune.ranker, layers=(), labels="", **data
+        )
+        ranker_trainer.main(heal, healed)
+    return healed / "model"
+
+
+def seconds_of(
+    rankers: dict[str, TextRanker],
+    scorers: dict[str, PrefillScorer],
+    data: tuple[Any, Any],
+    candidates: Run,
+    repeats: int,
+) -> dict[str, list[float]]:
+    """Of scoring the candidates' prompts, the rankers taking turns; all programs are compiled before."""
+    seconds: dict[str, list[float]] = {name: [] for name in rankers}
+    with progress("timing", repeats * len(rankers)) as advance:
+        for _ in range(repeats):
+            for name, ranker in rankers.items():
+                scorers[name].forget_prefixes()
+                started = time.perf_counter()
+                rerank(ranker, scorers[name], *data, candidates)
+                seconds[name].append(time.perf_counter() - started)
+                advance()
+    return seconds
+
+
+def measure(config: SweepConfig, folders: dict[str, Path]) -> list[dict[str, Any]]:
+    """A row for each ranker; NDCG@10 by the grades of all documents."""
+    collection, vertical = load_data(config.prune, needs=("test",))
+    rankers = {name: load_ranker(folder) for name, folder in folders.items()}
+    queries = collection.split("test")[: config.num_queries]
+    candidates = mine(
+        load_retriever(config.prune.retriever),
+        collection,
+        queries,
+        vertical,
+        view=rankers[WHOLE].view,
+        depth=config.depth,
+        seen_only=False,
+    )
+    qrels = {query.id: collection.qrels.get(query.id, {}) for query in queries}
+    scorers = {name: offline_scorer(ranker) for name, ranker in rankers.items()}
+    values = {}
+    with progress("test queries", len(rankers)) as advance:
+        for name, ranker in rankers.items():
+            reranked = rerank(ranker, scorers[name], collection, vertical, candidates)
+            values[name] = rank_metrics(
+                qrels, reranked, threshold=vertical.relevant_threshold, metrics=("ndcg@10",)
+            )["ndcg@10"]
+            advance()
+    timed = dict(list(candidates.items())[: config.timed_queries])
+    seconds = seconds_of(rankers, scorers, (collection, vertical), timed, config.repeats)
+    weights = {name: weights_per_token(ranker.decoder) for name, ranker in rankers.items()}
+    rows = []
+    for name, ranker in rankers.items():
+        mean, low, high = bootstrap_ci(values[name])
+        difference = paired_bootstrap(values[name], values[WHOLE])
+        shape = ranker.decoder.config
+        rows.append(
+            {
+                "name": name,
+                "layers": shape.num_layers,
+                "mlp_dim": shape.mlp_dim,
+                "heads": shape.num_heads,
+                "weights": weights[name] / weights[WHOLE],
+                "ndcg@10": [mean, low, high],
+                "difference": list(difference),
+                "speed": spread(
+                    [whole / own for whole, own in zip(seconds[WHOLE], seconds[name], strict=True)]
+                ),
+            }
+        )
+    return rows
+
+
+def markdown(report: dict[str, Any]) -> str:
+    lines = [
+        f"# Pruning a ranker, {report['date']}",
+        "",
+        f"{report['device']}; commit {report['commit']}; ranker {report['ranker']}. NDCG@10 of re-ranking the "
+        f"retriever's best {report['depth']} documents for {report['num_queries']} test queries, 95 % intervals over "
+        "queries. *weights*: those that a token is multiplied with. *speed*: of scoring the same prompts, over the "
+        f"whole ranker's, {report['repeats']} repeats taking turns, median [minimum, maximum].",
+        "",
+        "| ranker | layers | neurons | heads | weights | NDCG@10 | difference | speed |",
+        "| --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: |",
+    ]
+    for row in report["rows"]:
+        quality = "{:.3f} [{:.3f}, {:.3f}]".format(*row["ndcg@10"])
+        difference = "–" if row["name"] == WHOLE else "{:+.3f} [{:+.3f}, {:+.3f}]".format(*row["difference"])
+        speed = "{median:.2f} [{minimum:.2f}, {maximum:.2f}]".format(**row["speed"])
+        shape = f"{row['layers']} | {row['mlp_dim']} | {row['heads']} | {row['weights']:.0%}"
+        lines.append(f"| {row['name']} | {shape} | {quality} | {difference} | {speed} |")
+    return "\n".join([*lines, "", "![Speed against quality](report.png)"]) + "\n"
+
+
+def check_points(points: Sequence[Point]) -> None:
+    names = [point.name for point in points]
+    if not names or len(names) != len(set(names)) or WHOLE in names:
+        raise InputError(f"points: each needs a name of its own, none is {WHOLE!r}; got {', '.join(names)}")
+
+
+def main(config: SweepConfig, workdir: Path) -> None:
+    check_points(config.points)
+    ranker = load_ranker(config.prune.ranker)
+    claim(workdir, dataclasses.replace(config, points=()), ranker=ranker.version)
+    folders = {WHOLE: Path(config.prune.ranker)}
+    folders |= {point.name: made(config, point, workdir) for point in config.points}
+    rows = measure(config, folders)
+    healed = {point.name for point in config.points if point.is_healed}
+    report = {
+        "date": datetime.date.today().isoformat(),
+        "device": jax.devices()[0].device_kind,
+        "commit": commit(),
+        "ranker": ranker.version,
+        "num_queries": config.num_queries,
+        "depth": config.depth,
+        "repeats": config.repeats,
+        "rows": [row | {"is_healed": row["name"] in healed} for row in rows],
+    }
+    write_json(workdir / "report.json", report)
+    (workdir / "report.md").write_text(markdown(report), encoding="utf-8")
+    plot_tradeoff(workdir / "report.png", report["rows"])
+    say(markdown(report))
+
+
+if __name__ == "__main__":
+    run(main, SweepConfig)
