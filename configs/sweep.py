@@ -25,7 +25,8 @@ POINTS = (
 
 
 def config() -> SweepConfig:
-    return SweepConfig(POINTS, prune=prune.config(), heal=heal.config())
+    cut = dataclasses.replace(prune.config(), drop_layers=0, mlp_dim=0, check_queries=20)
+    return SweepConfig(POINTS, prune=cut, heal=dataclasses.replace(heal.config(), check_queries=20))
 
 
 def quick() -> SweepConfig:

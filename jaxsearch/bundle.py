@@ -51,7 +51,7 @@ class ShapePlan:
         ranker: TextRanker,
         item_lengths: Iterable[int],
         *,
-        num_item_buckets: int = 3,
+        num_item_buckets: int = 6,
         max_batch_tokens: int = 2048,
     ) -> "ShapePlan":
         """The least padding for `item_lengths` (tokens of prompt items), with room for the longest prompt
@@ -132,7 +132,7 @@ def write_bundle(
     index: ExactIndex,
     lexical_view: str,
     item_lengths: Iterable[int] | None = None,
-    num_item_buckets: int = 3,
+    num_item_buckets: int = 6,
     max_batch_tokens: int = 2048,
     calibration: IsotonicMap | None = None,
     triples: Sequence[tuple[str, str, str]] = (),

@@ -61,7 +61,8 @@ class RankerBatch:
     A group's prefixes stand one after another in one row, told apart by `prefix_ids` (1 for the first query; 0:
     padding). Its candidates stand so in w rows, told apart by `segment_ids` (1 to c for the first query, and so on);
     `ends` are the places of their last tokens in the rows put end to end, any place for one that is missing.
-    `teacher` is the judge's soft label in [0, 1]; `gold` is the human or derived grade divided by 4.
+    `teacher` is a judge's soft label or another ranker's probability, in [0, 1]; `gold` is the human or derived grade
+    divided by 4.
     """
 
     prefix_tokens: Int[Any, "b p"]
@@ -77,7 +78,7 @@ class RankerBatch:
 
 @dataclasses.dataclass(frozen=True)
 class RankerLoss:
-    """Distillation from the judge + gold + list-wise term, each with its weight.
+    """Distillation from a teacher + gold + list-wise term, each with its weight.
 
     The point-wise terms compare sigmoid(logit) with a soft label. The list-wise term compares the softmax over a
     query's candidates with that of its targets (gold where there is gold, else the teacher) divided by

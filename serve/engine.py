@@ -5,6 +5,7 @@ Every program that a request can need is compiled here, and known questions get 
 """
 
 import dataclasses
+import gc
 import time
 from collections.abc import Sequence
 
@@ -87,6 +88,8 @@ class Engine:
         self.ready_seconds = time.monotonic() - begun
         self.telemetry.programs.set(self.num_programs)
         self.telemetry.arm()
+        gc.collect()
+        gc.freeze()  # what lives now lives until the end: no collection looks at it again
         self.state = "ready"
 
     def close(self) -> None:

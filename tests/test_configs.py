@@ -62,6 +62,7 @@ def test_a_config_is_a_lab_note(path):
     note = docstring_of(path)
     missing = [part for part in NOTE_PARTS if not re.search(f"^{part} .", note, re.MULTILINE)]
     assert not missing
+    assert not re.search(r"^(Time|Numbers): [A-Z]+$", note, re.MULTILINE), "a placeholder"
     words = note_command(path)
     assert words[words.index("--config") + 1] == relative(path)
     if "--set" in words:
@@ -150,3 +151,9 @@ def test_commands_are_found():
         "run `python -m train.judge --config a.py`\n  python -m serve.main --bundle x \\\n    --port 1\n"
     )
     assert found == [["train.judge", "--config", "a.py"], ["serve.main", "--bundle", "x", "--port", "1"]]
+
+
+@pytest.mark.parametrize("path", PAGES, ids=relative)
+def test_links_lead_somewhere(path):
+    targets = re.findall(r"\]\((?!https?:|#|mailto:)([^)#\s]+)", path.read_text(encoding="utf-8"))
+    assert [target for target in targets if not (path.parent / target).exists()] == []

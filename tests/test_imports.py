@@ -66,6 +66,7 @@ OWNERS = {
     "tensorflow_datasets": ("jaxsearch.data.builders",),
     "torch": ("train.torch_peer", "train.torch_scorers"),
     "transformers": ("train.torch_peer", "train.torch_scorers"),
+    "sentence_transformers": ("train.torch_scorers",),
     "uvicorn": ("serve",),
 }
 WITHOUT_JAX = ("serve.batcher", "jaxsearch.metrics")

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from jaxsearch.errors import InputError
-from jaxsearch.nn.osscar import as_it_is, channels_of, prune, refit
+from jaxsearch.nn.osscar import channels_of, keep_rows, prune, refit
 
 
 def problem(seed, channels, out=3, rank=3):
@@ -42,7 +42,7 @@ def test_the_error_is_that_of_the_outputs(seed, groups, size, use_refit):
     if use_refit:
         kept = prune(gram, kernel, num_keep, group_size=size)
     else:
-        kept = as_it_is(gram, kernel, range(num_keep), group_size=size)
+        kept = keep_rows(gram, kernel, range(num_keep), group_size=size)
     assert kept.relative_error == pytest.approx(error_of(inputs, kernel, kept, size), rel=1e-6, abs=1e-12)
 
 
@@ -108,3 +108,5 @@ def test_sizes_that_do_not_fit_are_refused(num_keep, size, classes):
     _, gram, kernel = problem(0, 6)
     with pytest.raises(InputError):
         prune(gram, kernel, num_keep, group_size=size, num_classes=classes)
+    with pytest.raises(InputError, match="at least one group goes at a time"):
+        prune(gram, kernel, 3, chunk=0)

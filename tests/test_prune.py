@@ -93,13 +93,14 @@ def test_a_pruned_ranker_is_smaller_says_what_went_and_can_be_healed(world, tmp_
     assert pruned.decoder.config == smaller
     assert pruned.prompt.card() == whole.prompt.card()
     report = json.loads((tmp_path / "prune" / "report.json").read_text())
-    assert len(report["layers"]) == 1
-    assert {*report["layers"], report["dropped"][0]["layer"]} == {0, 1}
+    assert len(report["kept_layers"]) == 1
+    assert {*report["kept_layers"], report["dropped"][0]["layer"]} == {0, 1}
     assert report["dropped"][0]["damage"] > 0
     assert all(0 < lost < 1 for part in report["lost_energy"].values() for lost in part)
     assert report["weights"]["after"]["layers"] < report["weights"]["before"]["layers"] / 2
     card = json.loads((folder / "jaxsearch.json").read_text())
     assert card["trained"]["pruned_from"] == whole.version
+    assert card["trained"]["validation"] == report["validation"]["after"]
 
     ranker_trainer.main(heal_config(world, folder), tmp_path / "heal")
     healed = load_ranker(tmp_path / "heal" / "model")
@@ -145,7 +146,7 @@ def test_a_ranker_teaches_what_it_would_answer(world):
     student.decoder.norm.weight[...] = student.decoder.norm.weight[...] * 1.5
     collection, vertical = load_data(config)
     data = ranker_trainer.RankerData(student, collection, vertical, {}, [], config)
-    model, loss, make_batch = ranker_trainer.learning(student, teacher, data, config.loss)
+    model, loss, make_batch = ranker_trainer.set_up_learning(student, teacher, data, config.loss)
     assert isinstance(model, Taught)
     assert isinstance(loss, DistilledLoss)
     batch = make_batch(0)
@@ -166,6 +167,10 @@ def test_what_makes_no_sense_is_refused(world, tmp_path):
         prune.main(prune_config(world, drop_layers=0, mlp_dim=0, num_heads=0), tmp_path / "none")
     with pytest.raises(InputError, match="mlp_dim 25 is not from 1 to the decoder's 24"):
         prune.main(prune_config(world, mlp_dim=25), tmp_path / "wide")
+    with pytest.raises(InputError, match="raise calibration_queries or per_query"):
+        prune.main(prune_config(world, calibration_queries=1, per_query=1, drop_layers=1), tmp_path / "few")
+    with pytest.raises(InputError, match="chunk 0 must be at least 1"):
+        Search(chunk=0)
     with pytest.raises(InputError, match="at least one must stay"):
         prune.main(prune_config(world, drop_layers=2), tmp_path / "empty")
     with pytest.raises(InputError, match="set max_shared_tokens, max_item_tokens and view"):
@@ -197,8 +202,10 @@ def test_a_sweep_measures_every_point_beside_the_whole_and_goes_on(world, tmp_pa
         assert 0 <= low <= mean <= high <= 1
     assert (tmp_path / "report.png").stat().st_size > 10_000
     assert "| neurons | 2 | 10 | 2 |" in (tmp_path / "report.md").read_text()
-    capsys.readouterr()
+    assert "neurons: cutting" in capsys.readouterr().out
     sweep.main(config, tmp_path)
-    assert "cutting" not in capsys.readouterr().err
+    assert "cutting" not in capsys.readouterr().out
+    with pytest.raises(InputError, match="set them in the points"):
+        sweep.main(dataclasses.replace(config, prune=dataclasses.replace(cut, mlp_dim=10)), tmp_path)
     with pytest.raises(InputError, match="each needs a name of its own"):
         sweep.main(dataclasses.replace(config, points=(points[0], points[0])), tmp_path)

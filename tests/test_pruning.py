@@ -222,7 +222,7 @@ def test_what_cannot_be_cut_is_refused(whole):
     ):
         with pytest.raises(InputError, match=message):
             prune_widths(model, moments, widths)
-    with pytest.raises(InputError, match="needs at least 96 calibration tokens, there are 95"):
+    with pytest.raises(InputError, match="need at least 96 calibration tokens, there are 95"):
         prune_widths(model, Moments(moments.mlp, moments.heads, 95), Widths(mlp_dim=10))
     with pytest.raises(InputError, match="no tokens to calibrate"):
         collect_moments(model, [])

@@ -9,14 +9,14 @@ environment that has it. Writes `report.json` and `report.md`.
 
 import dataclasses
 import datetime
+import functools
 import importlib.metadata
 import importlib.util
 import os
 import tempfile
-import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import numpy as np
@@ -27,6 +27,7 @@ from jaxsearch.checkpoints import save_model
 from jaxsearch.data.assets import resolve
 from jaxsearch.data.prompts import PromptEncoder, PromptTokens
 from jaxsearch.data.tokenizer import Tokenizer
+from jaxsearch.data.verticals import load_vertical
 from jaxsearch.errors import InputError
 from jaxsearch.files import write_json
 from jaxsearch.nn.pruning import keep_layers
@@ -35,7 +36,7 @@ from jaxsearch.scoring.prefill import PrefillScorer, ScoreRequest
 from train.config import Count
 from train.inputs import load_base, load_data
 from train.options import progress, run, say
-from train.speed import commit, matmul_peak, spread, weights_per_token
+from train.speed import commit, matmul_peak, spread, take_turns, weights_per_token
 
 AGREEMENT = {"float32": 1e-4, "bfloat16": 0.5}
 """Largest difference between the scores (yes minus no) of one dtype's ways; measured 1.5e-5 and 0.15."""
@@ -75,7 +76,7 @@ class BenchConfig:
     max_shared_tokens: Count = 128
     max_item_tokens: Count = 320
     max_batch_tokens: Count = 2048
-    dtypes: tuple[str, ...] = ("float32", "bfloat16")
+    dtypes: tuple[Literal["float32", "bfloat16"], ...] = ("float32", "bfloat16")
     repeats: Count = 5
     seed: int = 0
 
@@ -126,7 +127,7 @@ def draw_requests(config: BenchConfig, ranker: TextRanker) -> list[Request]:
 
 
 def make_ranker(config: BenchConfig, dtype: str) -> TextRanker:
-    vertical = load_data(config)[1]
+    vertical = load_vertical(config.vertical)
     directory = resolve(config.base)
     prompt = PromptEncoder(
         vertical.prompts["ranker"],
@@ -139,17 +140,20 @@ def make_ranker(config: BenchConfig, dtype: str) -> TextRanker:
     return new_ranker(keep_layers(base, layers), prompt, view=config.view)
 
 
-def our_ways(config: BenchConfig, ranker: TextRanker, lengths: Sequence[int]) -> dict[str, Way]:
-    """From texts to scores, tokenisation included."""
+def our_ways(config: BenchConfig, ranker: TextRanker) -> dict[str, Way]:
+    """From texts to scores, tokenisation included; shapes are fitted to other documents than are timed."""
+    earlier = draw_requests(dataclasses.replace(config, seed=config.seed + 1), ranker)
+    items = [len(item) for request in earlier for item in request.prompt.items]
+    wholes = [len(prompt) - 1 for request in earlier for prompt in request.whole_prompts()]
+    most = {"items": config.max_item_tokens, "wholes": config.max_shared_tokens + config.max_item_tokens}
 
-    def scorer(sizes: Sequence[int], *, prefixes: Sequence[int], batch_tokens: int) -> PrefillScorer:
-        largest = max(sizes)
+    def scorer(sizes: Sequence[int], largest: int, prefixes: Sequence[int]) -> PrefillScorer:
         return PrefillScorer(
             ranker.decoder,
             ranker.label_ids,
             prefix_buckets=prefixes,
             item_buckets=Buckets.fit(sizes, count=ITEM_BUCKETS, largest=largest),
-            max_batch_tokens=max(batch_tokens, largest + 8),
+            max_batch_tokens=config.max_batch_tokens,
             prefix_cache_size=1,
         )
 
@@ -157,10 +161,11 @@ def our_ways(config: BenchConfig, ranker: TextRanker, lengths: Sequence[int]) ->
         def score(request: Request) -> np.ndarray:
             scorer.forget_prefixes()
             prompt = ranker.request(request.query, request.documents)
-            return np.concatenate([ranker.scores(logits) for logits in scorer.score(arrange(prompt))])
+            scored = [scorer.score([part])[0] for part in arrange(prompt)]
+            return np.concatenate([ranker.scores(logits) for logits in scored])
 
         def padded(request: Request) -> int:
-            batches = scorer.plan(arrange(request.prompt))
+            batches = [batch for part in arrange(request.prompt) for batch in scorer.plan([part])]
             prefixes = {batch.prefix for batch in batches}
             return sum(batch.padded_tokens for batch in batches) + sum(
                 scorer.prefix_buckets.bucket_of(len(prefix)) for prefix in prefixes
@@ -177,15 +182,11 @@ def our_ways(config: BenchConfig, ranker: TextRanker, lengths: Sequence[int]) ->
         request = whole(prompt)
         return [ScoreRequest(request.prefix, [item]) for item in request.items]
 
-    longest = max(lengths)
-    prefix = [config.max_shared_tokens // 2, config.max_shared_tokens]
-    wholes = [length + config.max_shared_tokens // 2 for length in lengths]
-    one = scorer(wholes, prefixes=[8], batch_tokens=longest)
-    batched = scorer(wholes, prefixes=[8], batch_tokens=config.max_batch_tokens)
-    shared = scorer(lengths, prefixes=prefix, batch_tokens=config.max_batch_tokens)
+    plain = scorer(wholes, most["wholes"], [8])
+    shared = scorer(items, most["items"], [config.max_shared_tokens // 2, config.max_shared_tokens])
     return {
-        "jaxsearch, one by one": way(one, alone),
-        "jaxsearch, batches": way(batched, lambda prompt: [whole(prompt)]),
+        "jaxsearch, one by one": way(plain, alone),
+        "jaxsearch, batches": way(plain, lambda prompt: [whole(prompt)]),
         "jaxsearch, shared prefix": way(shared, lambda prompt: [ScoreRequest(prompt.prefix, prompt.items)]),
     }
 
@@ -199,8 +200,10 @@ def their_ways(config: BenchConfig, ranker: TextRanker, folder: Path, dtype: str
     limit = config.max_shared_tokens + config.max_item_tokens
     encoder = CrossEncoderScorer(folder, ranker.label_ids, dtype=dtype, batch_size=BATCHED, max_tokens=limit)
 
-    def pairs(request: Request) -> list[tuple[str, str]]:
-        prompt = ranker.request(request.query, request.documents)
+    @functools.cache
+    def pairs(query: str, documents: tuple[str, ...]) -> list[tuple[str, str]]:
+        """Made at the first call, which is not timed."""
+        prompt = ranker.request(query, documents)
         return [(decode(prompt.prefix), decode(item)) for item in prompt.items]
 
     def plain(batch_size: int) -> Way:
@@ -215,7 +218,7 @@ def their_ways(config: BenchConfig, ranker: TextRanker, folder: Path, dtype: str
     return {
         REFERENCE: plain(1),
         BASE: plain(BATCHED),
-        "sentence-transformers": Way(lambda request: encoder(pairs(request))),
+        "sentence-transformers": Way(lambda request: encoder(pairs(request.query, tuple(request.documents)))),
     }
 
 
@@ -229,21 +232,6 @@ def padded_tokens(prompts: Sequence[Sequence[int]], batch_size: int) -> int:
     sizes = sorted(map(len, prompts), reverse=True)
     parts = [sizes[start : start + batch_size] for start in range(0, len(sizes), batch_size)]
     return sum(part[0] * len(part) for part in parts)
-
-
-def seconds_of(
-    ways: Mapping[Any, Way], requests: Sequence[Request], repeats: int, advance: Callable[..., None]
-) -> dict[Any, list[float]]:
-    """Of each repeat over all requests, the ways taking turns; everything has run once before."""
-    seconds: dict[Any, list[float]] = {name: [] for name in ways}
-    for _ in range(repeats):
-        for name, way in ways.items():
-            started = time.perf_counter()
-            for request in requests:
-                way.score(request)
-            seconds[name].append(time.perf_counter() - started)
-            advance()
-    return seconds
 
 
 def check_agreement(ways: Mapping[tuple[str, str], Way], requests: Sequence[Request]) -> dict[Any, float]:
@@ -268,12 +256,18 @@ def measure(config: BenchConfig, folder: Path) -> tuple[dict[str, int], list[dic
     requests = draw_requests(config, rankers[config.dtypes[0]])
     lengths = [len(item) for request in requests for item in request.prompt.items]
     for dtype, ranker in rankers.items():
-        made = their_ways(config, ranker, folder / dtype, dtype) | our_ways(config, ranker, lengths)
+        made = their_ways(config, ranker, folder / dtype, dtype) | our_ways(config, ranker)
         ways |= {(dtype, name): way for name, way in made.items()}
+
+    def score_all(way: Way) -> None:
+        for request in requests:
+            way.score(request)
+
     with progress("measuring", (1 + config.repeats) * len(ways)) as advance:
         differences = check_agreement(ways, requests)
         advance(len(ways))
-        seconds = seconds_of(ways, requests, config.repeats, advance)
+        calls = {key: functools.partial(score_all, way) for key, way in ways.items()}
+        seconds = take_turns(calls, config.repeats, advance)
     prefixes = sum(len(request.prompt.prefix) for request in requests)
     whole = sum(len(prompt) for request in requests for prompt in request.whole_prompts())
     tokens = {"prefix": prefixes, "items": sum(lengths), "whole": whole}
@@ -308,7 +302,8 @@ def markdown(report: dict[str, Any]) -> str:
         f"turns, from texts to scores; {report['tokens']['prefix']} prefix and {report['tokens']['items']} item "
         f"tokens, {report['tokens']['whole']} in whole prompts. *speed*: items a second over those of {BASE} in "
         f"{report['rows'][0]['dtype']}, median [minimum, maximum]. *computed*: token places computed for each item. "
-        "*share of peak*: FLOPs of the tokens that are needed (prefix once, items; two a weight, attention not "
+        f"torch has {report['torch threads']} threads. *share of peak*: FLOPs of the tokens that are needed (prefix "
+        "once, items; two a weight, attention not "
         "counted) over the peak of a matrix product in that dtype.",
         "",
         "| dtype | way | speed | computed | share of peak |",
@@ -327,6 +322,10 @@ def main(config: BenchConfig, workdir: Path) -> None:
         raise InputError(
             f"{', '.join(missing)} not installed here: `make bench` runs this in an environment that has them"
         )
+    from train.torch_scorers import num_threads
+
+    if not config.dtypes:
+        raise InputError("dtypes: name float32, bfloat16 or both")
     if jax.default_backend() != "cpu":
         raise InputError("torch runs on the CPU here: set JAX_PLATFORMS=cpu")
     with tempfile.TemporaryDirectory() as folder:
@@ -336,6 +335,7 @@ def main(config: BenchConfig, workdir: Path) -> None:
         "date": datetime.date.today().isoformat(),
         "device": jax.devices()[0].device_kind,
         "threads": len(os.sched_getaffinity(0)),
+        "torch threads": num_threads(),
         **{package: importlib.metadata.version(package) for package in packages},
         "commit": commit(),
         "num_items": config.num_items,

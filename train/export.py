@@ -61,7 +61,7 @@ class ExportConfig:
     known_answers: CountOrNone = 8
     """(query, relevant, irrelevant document) triples to try for the self-test; those ranked wrongly are left
     out."""
-    num_item_buckets: Count = 3
+    num_item_buckets: Count = 6
     """Padded item lengths; each means about four programs that the server compiles at start."""
     max_batch_tokens: Count = 2048
     """Padded item tokens of one launch; more on an accelerator."""

@@ -21,6 +21,9 @@ from jaxsearch import losses
 from jaxsearch.checkpoints import read_card
 from jaxsearch.data.batches import group_pairs, pack_rows
 from jaxsearch.data.prompts import PromptTokens
+from jaxsearch.data.records import Collection
+from jaxsearch.data.verticals import Vertical
+from jaxsearch.encoder import TextEncoder
 from jaxsearch.errors import InputError
 from jaxsearch.files import write_json
 from jaxsearch.nn.attention import segment_positions
@@ -33,8 +36,9 @@ from jaxsearch.nn.pruning import (
     drop_layers,
     keep_layers,
     prune_widths,
+    tokens_needed,
 )
-from jaxsearch.nn.transformer import Decoder
+from jaxsearch.nn.transformer import Decoder, DecoderConfig
 from jaxsearch.ranker import Ranker, TextRanker, load_ranker, save_ranker
 from jaxsearch.scoring.prefill import PrefillScorer, ScoreRequest
 from jaxsearch.sharding import batch_sharding, batch_ways, make_mesh, put_batch, shard_model
@@ -89,8 +93,7 @@ class PruneConfig:
 
 
 class Damage:
-    """How far a smaller decoder's answers are from the whole one's: cross-entropy over prompts, in nats, less its
-    least value."""
+    """Mean KL divergence of a smaller decoder's answers from the whole one's, over all documents, in nats."""
 
     def __init__(self, ranker: TextRanker, prompts: Sequence[PromptTokens]):
         self.ranker = ranker
@@ -121,7 +124,13 @@ def with_decoder(ranker: TextRanker, decoder: Decoder) -> TextRanker:
     return TextRanker(Ranker(decoder, label_ids=ranker.label_ids), ranker.prompt, view=ranker.view)
 
 
-def calibration_prompts(config: PruneConfig, ranker: TextRanker, collection, vertical, retriever):
+def calibration_prompts(
+    config: PruneConfig,
+    ranker: TextRanker,
+    collection: Collection,
+    vertical: Vertical,
+    retriever: TextEncoder,
+) -> list[PromptTokens]:
     """Prompts of train queries with documents of all grades."""
     pairs = sample_pairs(
         collection,
@@ -141,6 +150,20 @@ def calibration_prompts(config: PruneConfig, ranker: TextRanker, collection, ver
         texts = pair_texts(collection, vertical, [(query_id, key) for key in keys], view=ranker.view)
         prompts.append(ranker.request(texts[0][0], [document for _, document in texts]))
     return prompts
+
+
+def check_calibration(widths: Widths, decoder: DecoderConfig, prompts: Sequence[PromptTokens]) -> None:
+    """Whether the prompts have tokens enough for the channels that are cut.
+
+    Raises: InputError when they do not.
+    """
+    num_tokens = sum(len(prompt.prefix) + sum(map(len, prompt.items)) for prompt in prompts)
+    needed = tokens_needed(widths, decoder)
+    if num_tokens < needed:
+        raise InputError(
+            f"the calibration prompts have {num_tokens} tokens, these cuts need {needed}: raise calibration_queries "
+            "or per_query"
+        )
 
 
 def packed_batches(
@@ -187,7 +210,7 @@ def cut(
     if config.drop_layers:
         kept, dropped = find_layers(config, ranker, prompts)
         decoder = keep_layers(decoder, kept)
-        found = {"layers": kept, "dropped": [went._asdict() for went in dropped]}
+        found = {"kept_layers": kept, "dropped": [went._asdict() for went in dropped]}
     if config.widths == Widths():
         return decoder, found
     mesh = make_mesh()
@@ -220,6 +243,8 @@ def main(config: PruneConfig, workdir: Path) -> None:
         raise InputError("nothing is to be cut: set drop_layers, mlp_dim, num_heads or num_kv_heads")
     ranker, retriever = load_ranker(config.ranker), load_retriever(config.retriever)
     config.widths.applied(ranker.decoder.config)
+    if config.drop_layers >= (num_layers := ranker.decoder.config.num_layers):
+        raise InputError(f"drop_layers is {config.drop_layers} of {num_layers}: at least one must stay")
     collection, vertical = load_data(config, needs=("train", "validation"), view=ranker.view)
     claim(
         workdir,
@@ -229,6 +254,8 @@ def main(config: PruneConfig, workdir: Path) -> None:
         ranker=ranker.version,
         retriever=retriever.version,
     )
+    prompts = calibration_prompts(config, ranker, collection, vertical, retriever)
+    check_calibration(config.widths, ranker.decoder.config, prompts)
     evaluate = Validation(
         ranker,
         collection,
@@ -238,7 +265,6 @@ def main(config: PruneConfig, workdir: Path) -> None:
         depth=config.check_depth,
     )
     before = evaluate(ranker.ranker)
-    prompts = calibration_prompts(config, ranker, collection, vertical, retriever)
     decoder, found = cut(config, ranker, prompts)
     pruned = with_decoder(ranker, decoder)
     after = evaluate.measure(pruned, offline_scorer(pruned))
@@ -251,9 +277,10 @@ def main(config: PruneConfig, workdir: Path) -> None:
         "config": dataclasses.asdict(decoder.config),
         **found,
     }
-    trained = {"pruned_from": ranker.version, "method": config.search.method, **found}
-    before_it = read_card(Path(config.ranker))["trained"]
-    save_ranker(workdir / "model", pruned, trained=before_it | trained)
+    made_of = read_card(Path(config.ranker)).get("trained", {})
+    kept = {name: made_of[name] for name in ("base", "licence", "collection") if name in made_of}
+    trained = {"pruned_from": ranker.version, "method": config.search.method, "validation": after, **found}
+    save_ranker(workdir / "model", pruned, trained=kept | trained)
     write_json(workdir / "report.json", report)
     share = weights["after"]["layers"] / weights["before"]["layers"]
     say(

@@ -267,7 +267,7 @@ def load_teacher(folder: str, *, dtype: str) -> TextJudge | TextRanker:
     return load_ranker(folder, dtype=dtype) if is_ranker else load_judge(folder, dtype=dtype)
 
 
-def learning(
+def set_up_learning(
     ranker: TextRanker, teacher: TextJudge | TextRanker | None, data: RankerData, loss: RankerLoss
 ) -> tuple[Ranker | Taught, LossFn, Callable[[int], Any]]:
     """Model, loss and batches of a step, with the teacher in it where there is one.
@@ -281,8 +281,7 @@ def learning(
             teacher, data.collection, data.vertical, draw=data.draw, batch_of=data.batch_of
         )
         return Taught(ranker.ranker, teacher.judge), TaughtLoss(loss, online.policy_tokens), online.batch
-    reads = (teacher.prompt.card(), teacher.view, teacher.label_ids)
-    if reads != (ranker.prompt.card(), ranker.view, ranker.label_ids):
+    if _reads(teacher) != _reads(ranker):
         raise InputError(
             "the ranker that teaches has another prompt, view, vocabulary or token limit than this one: a teacher "
             "inside the step reads the student's own tokens; set max_shared_tokens, max_item_tokens and view as its "
@@ -294,6 +293,11 @@ def learning(
         return taught_everywhere(drawn, data.batch_of(drawn))
 
     return Taught(ranker.ranker, teacher.ranker), DistilledLoss(loss), batch
+
+
+def _reads(ranker: TextRanker) -> tuple:
+    """What makes the tokens of a prompt; vocabularies of one size and equal labels count as one."""
+    return ranker.prompt.card(), ranker.view, ranker.label_ids, ranker.decoder.config.vocab_size
 
 
 def main(config: RankerConfig, workdir: Path) -> None:
@@ -337,7 +341,7 @@ def main(config: RankerConfig, workdir: Path) -> None:
         num_queries=config.check_queries,
         depth=config.check_depth,
     )
-    model, loss, make_batch = learning(ranker, teacher, data, config.loss)
+    model, loss, make_batch = set_up_learning(ranker, teacher, data, config.loss)
     result = fit(
         model,
         loss,

@@ -9,8 +9,8 @@ import math
 import statistics
 import subprocess
 import time
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Hashable, Mapping
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -19,6 +19,7 @@ from flax import nnx
 from jaxsearch.nn.layers import matmul_precision
 from jaxsearch.sharding import flatten_state, is_kernel, param_axes
 
+Key = TypeVar("Key", bound=Hashable)
 PEAK_SIZES = (512, 1024, 2048, 4096, 8192)
 PEAK_SECONDS = 0.008
 """The first of the sizes whose product takes this long stands for the peak, else the largest."""
@@ -35,6 +36,20 @@ def timed(call: Callable[[], Any], repeats: int) -> list[float]:
         started = time.perf_counter()
         jax.block_until_ready(call())
         seconds.append(time.perf_counter() - started)
+    return seconds
+
+
+def take_turns(
+    calls: Mapping[Key, Callable[[], Any]], repeats: int, advance: Callable[..., None]
+) -> dict[Key, list[float]]:
+    """Seconds of each call in each repeat, the calls taking turns, each waited for; they must have run before."""
+    seconds: dict[Key, list[float]] = {name: [] for name in calls}
+    for _ in range(repeats):
+        for name, call in calls.items():
+            started = time.perf_counter()
+            jax.block_until_ready(call())
+            seconds[name].append(time.perf_counter() - started)
+            advance()
     return seconds
 
 

@@ -8,21 +8,21 @@ kept, so that a killed sweep goes on. Writes `report.json`, `report.md` and a pi
 
 import dataclasses
 import datetime
-import time
-from collections.abc import Sequence
+import functools
 from pathlib import Path
 from typing import Any
 
 import jax
 
 from jaxsearch.checkpoints import CARD
-from jaxsearch.data.records import Run
+from jaxsearch.data.records import Collection
+from jaxsearch.data.verticals import Vertical
+from jaxsearch.encoder import TextEncoder
 from jaxsearch.errors import InputError
 from jaxsearch.files import write_json
 from jaxsearch.metrics import bootstrap_ci, paired_bootstrap, rank_metrics
 from jaxsearch.nn.pruning import Method
-from jaxsearch.ranker import TextRanker, load_ranker
-from jaxsearch.scoring.prefill import PrefillScorer
+from jaxsearch.ranker import load_ranker
 from train import prune
 from train import ranker as ranker_trainer
 from train.config import Count, CountOrNone
@@ -31,7 +31,7 @@ from train.options import progress, run, say
 from train.plots import plot_tradeoff
 from train.prune import PruneConfig
 from train.ranker import RankerConfig, rerank
-from train.speed import commit, spread, weights_per_token
+from train.speed import commit, spread, take_turns, weights_per_token
 from train.workdir import claim
 
 WHOLE = "whole"
@@ -68,9 +68,9 @@ class SweepConfig:
     repeats: Count = 5
 
 
-def made(config: SweepConfig, point: Point, workdir: Path) -> Path:
+def make_point(config: SweepConfig, point: Point, workdir: Path) -> Path:
     """The folder of a point's ranker, cut and healed unless it was before."""
-    shape = {name: getattr(point, name) for name in ("drop_layers", "mlp_dim", "num_heads", "num_kv_heads")}
+    shape = _shape(point)
     search = dataclasses.replace(config.prune.search, method=point.method)
     key = "-".join([point.method, *(str(value) for value in shape.values())])
     folder = workdir / "points" / key
@@ -95,33 +95,18 @@ def made(config: SweepConfig, point: Point, workdir: Path) -> Path:
     return healed / "model"
 
 
-def seconds_of(
-    rankers: dict[str, TextRanker],
-    scorers: dict[str, PrefillScorer],
-    data: tuple[Any, Any],
-    candidates: Run,
-    repeats: int,
-) -> dict[str, list[float]]:
-    """Of scoring the candidates' prompts, the rankers taking turns; all programs are compiled before."""
-    seconds: dict[str, list[float]] = {name: [] for name in rankers}
-    with progress("timing", repeats * len(rankers)) as advance:
-        for _ in range(repeats):
-            for name, ranker in rankers.items():
-                scorers[name].forget_prefixes()
-                started = time.perf_counter()
-                rerank(ranker, scorers[name], *data, candidates)
-                seconds[name].append(time.perf_counter() - started)
-                advance()
-    return seconds
-
-
-def measure(config: SweepConfig, folders: dict[str, Path]) -> list[dict[str, Any]]:
-    """A row for each ranker; NDCG@10 by the grades of all documents."""
-    collection, vertical = load_data(config.prune, needs=("test",))
+def measure(
+    config: SweepConfig,
+    folders: dict[str, Path],
+    collection: Collection,
+    vertical: Vertical,
+    retriever: TextEncoder,
+) -> tuple[int, list[dict[str, Any]]]:
+    """The number of test queries and a row for each ranker; NDCG@10 by the grades of all documents."""
     rankers = {name: load_ranker(folder) for name, folder in folders.items()}
     queries = collection.split("test")[: config.num_queries]
     candidates = mine(
-        load_retriever(config.prune.retriever),
+        retriever,
         collection,
         queries,
         vertical,
@@ -140,7 +125,14 @@ def measure(config: SweepConfig, folders: dict[str, Path]) -> list[dict[str, Any
             )["ndcg@10"]
             advance()
     timed = dict(list(candidates.items())[: config.timed_queries])
-    seconds = seconds_of(rankers, scorers, (collection, vertical), timed, config.repeats)
+
+    def score(name: str) -> None:
+        scorers[name].forget_prefixes()
+        rerank(rankers[name], scorers[name], collection, vertical, timed)
+
+    calls = {name: functools.partial(score, name) for name in rankers}
+    with progress("timing", config.repeats * len(calls)) as advance:
+        seconds = take_turns(calls, config.repeats, advance)
     weights = {name: weights_per_token(ranker.decoder) for name, ranker in rankers.items()}
     rows = []
     for name, ranker in rankers.items():
@@ -161,7 +153,7 @@ def measure(config: SweepConfig, folders: dict[str, Path]) -> list[dict[str, Any
                 ),
             }
         )
-    return rows
+    return len(values[WHOLE]), rows
 
 
 def markdown(report: dict[str, Any]) -> str:
@@ -185,26 +177,46 @@ def markdown(report: dict[str, Any]) -> str:
     return "\n".join([*lines, "", "![Speed against quality](report.png)"]) + "\n"
 
 
-def check_points(points: Sequence[Point]) -> None:
-    names = [point.name for point in points]
+def check_points(config: SweepConfig) -> None:
+    """Whether the points can be told apart and all are cuts, and no cut stands elsewhere.
+
+    Raises: InputError when not.
+    """
+    names = [point.name for point in config.points]
     if not names or len(names) != len(set(names)) or WHOLE in names:
         raise InputError(f"points: each needs a name of its own, none is {WHOLE!r}; got {', '.join(names)}")
+    if empty := [point.name for point in config.points if not any(_shape(point).values())]:
+        raise InputError(f"points: nothing is cut in {', '.join(empty)}")
+    if set_here := [name for name, value in _shape(config.prune).items() if value]:
+        raise InputError(f"prune.{', prune.'.join(set_here)}: set them in the points")
+
+
+def _shape(cut: Point | PruneConfig) -> dict[str, int]:
+    return {name: getattr(cut, name) for name in ("drop_layers", "mlp_dim", "num_heads", "num_kv_heads")}
 
 
 def main(config: SweepConfig, workdir: Path) -> None:
-    check_points(config.points)
-    ranker = load_ranker(config.prune.ranker)
-    claim(workdir, dataclasses.replace(config, points=()), ranker=ranker.version)
+    check_points(config)
+    ranker, retriever = load_ranker(config.prune.ranker), load_retriever(config.prune.retriever)
+    collection, vertical = load_data(config.prune, needs=("train", "validation", "test"), view=ranker.view)
+    claim(
+        workdir,
+        dataclasses.replace(config, points=()),
+        data=collection.fingerprint(),
+        vertical=vertical.fingerprint(),
+        ranker=ranker.version,
+        retriever=retriever.version,
+    )
     folders = {WHOLE: Path(config.prune.ranker)}
-    folders |= {point.name: made(config, point, workdir) for point in config.points}
-    rows = measure(config, folders)
+    folders |= {point.name: make_point(config, point, workdir) for point in config.points}
+    num_queries, rows = measure(config, folders, collection, vertical, retriever)
     healed = {point.name for point in config.points if point.is_healed}
     report = {
         "date": datetime.date.today().isoformat(),
         "device": jax.devices()[0].device_kind,
         "commit": commit(),
         "ranker": ranker.version,
-        "num_queries": config.num_queries,
+        "num_queries": num_queries,
         "depth": config.depth,
         "repeats": config.repeats,
         "rows": [row | {"is_healed": row["name"] in healed} for row in rows],

@@ -10,11 +10,11 @@ torch: `make throughput` runs it in the environment that has it. Writes `report.
 
 import dataclasses
 import datetime
+import functools
 import importlib.metadata
 import importlib.util
 import os
 import tempfile
-import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -43,7 +43,7 @@ from train.inputs import load_base, load_data
 from train.judge import JudgeConfig
 from train.options import progress, run, say
 from train.ranker import RankerConfig, RankerData, is_trained
-from train.speed import commit, matmul_peak, spread
+from train.speed import commit, matmul_peak, spread, take_turns
 from train.step import MeshConfig, OptimizerConfig, TrainStep
 from train.teachers import OnlineTeacher, Taught, TaughtLoss
 
@@ -78,18 +78,14 @@ class Way:
 def seconds_of(ways: dict[str, Way], num_batches: int, repeats: int, advance: Callable[..., None]):
     """First losses, and the seconds of each repeat, the ways taking turns; everything is compiled before."""
     first = {name: float(way.take(0)) for name, way in ways.items()}
-    for way in ways.values():
-        for i in range(num_batches):
-            jax.block_until_ready(way.take(i))
-    seconds: dict[str, list[float]] = {name: [] for name in ways}
-    for _ in range(repeats):
-        for name, way in ways.items():
-            started = time.perf_counter()
-            for i in range(num_batches):
-                jax.block_until_ready(way.take(i))
-            seconds[name].append(time.perf_counter() - started)
-        advance()
-    return first, seconds
+
+    def take_all(way: Way) -> list[Any]:
+        return [jax.block_until_ready(way.take(i)) for i in range(num_batches)]
+
+    calls = {name: functools.partial(take_all, way) for name, way in ways.items()}
+    for call in calls.values():
+        call()
+    return first, take_turns(calls, repeats, advance)
 
 
 def our_step(
@@ -347,6 +343,9 @@ STEPS: dict[str, Callable[[ThroughputConfig, str, Path], tuple[dict[str, Way], i
 }
 
 
+NUM_WAYS = {"ranker": 3, "encoder": 3, "teacher": 2}
+
+
 def check_comparable(config: ThroughputConfig) -> None:
     """Whether both sides can do the same.
 
@@ -373,7 +372,8 @@ def check_comparable(config: ThroughputConfig) -> None:
 def main(config: ThroughputConfig, workdir: Path) -> None:
     check_comparable(config)
     figures: dict[str, Any] = {}
-    with progress("measuring", len(config.steps) * len(config.dtypes) * config.repeats) as advance:
+    ways = sum(NUM_WAYS[kind] for kind in config.steps)
+    with progress("measuring", ways * len(config.dtypes) * config.repeats) as advance:
         for kind in config.steps:
             figures[kind] = {dtype: measure(kind, dtype, config, advance) for dtype in config.dtypes}
     report = {

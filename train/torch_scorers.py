@@ -19,6 +19,10 @@ transformers.logging.disable_progress_bar()
 Labels = tuple[int, int]
 
 
+def num_threads() -> int:
+    return torch.get_num_threads()
+
+
 class DecoderScorer:
     """`AutoModelForCausalLM` on whole prompts, given as tokens; a score is yes minus no at the last position."""
 

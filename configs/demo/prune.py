@@ -26,8 +26,7 @@ def quick() -> PruneConfig:
         drop_layers=1,
         num_kv_heads=2,
         search=Search(num_swaps=1),
-        calibration_queries=8,
-        per_query=4,
+        calibration_queries=16,
         layer_queries=2,
         check_queries=4,
     )

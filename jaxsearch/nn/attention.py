@@ -16,8 +16,8 @@ from jaxsearch.nn.layers import matmul_precision
 EMPTY_LSE = -1e30
 """Log-sum-exp of a row that attends to nothing: finite, so that merging never computes inf - inf."""
 QUERY_BLOCK, MOST_BLOCKS = 48, 8
-"""Queries of a block on CPU, and how many blocks there may be: each is compiled. Measured, 12 items of 168 tokens in
-float32: 32 ms at once with heads apart, 14 ms with heads as rows, 8 ms in blocks."""
+"""Queries of a block on CPU, and how many blocks there may be: each is compiled. With SmolLM2's heads and 12 items of
+168 tokens in float32 on two cores, query heads as rows are 2.2 times as fast as apart, and in blocks 3.8 times."""
 
 
 def causal_mask(where: Bool[Array, "*b t"]) -> Bool[Array, "*b t t"]:
@@ -74,9 +74,10 @@ def attention_with_lse(
 
     A key/value head's query heads are rows of one product. On CPU queries go in blocks whose scores stay in the cache.
 
-    Args: `is_causal` says that `mask`, with t = s, is False behind each query: blocks then leave those keys out.
+    Args: `is_causal` says that `mask` is False at keys after each query, with t = s: blocks then leave those keys out.
     """
     length = queries.shape[-4]
+    assert not is_causal or length == keys.shape[-3], "causal attention has as many keys as queries"
     size = length
     if jax.default_backend() == "cpu":
         size = max(QUERY_BLOCK, -(-length // MOST_BLOCKS))

@@ -42,9 +42,9 @@ def channels_of(groups: Iterable[int], size: int) -> Int[np.ndarray, "channels"]
     return (np.asarray([*groups], np.int64)[:, None] * size + np.arange(size)).reshape(-1)
 
 
-def as_it_is(
-    gram: Float[np.ndarray, "n n"],
-    kernel: Float[np.ndarray, "n out"],
+def keep_rows(
+    gram: Float[np.ndarray, "channels channels"],
+    kernel: Float[np.ndarray, "channels out"],
     groups: Iterable[int],
     *,
     group_size: int = 1,
@@ -52,7 +52,7 @@ def as_it_is(
     """The kept rows unchanged, and what is lost so.
 
     Example:
-        >>> as_it_is(np.eye(2), np.array([[1.0], [2.0]]), [1]).relative_error
+        >>> keep_rows(np.eye(2), np.array([[1.0], [2.0]]), [1]).relative_error
         0.2
     """
     groups = tuple(sorted(groups))
@@ -62,8 +62,8 @@ def as_it_is(
 
 
 def refit(
-    gram: Float[np.ndarray, "n n"],
-    kernel: Float[np.ndarray, "n out"],
+    gram: Float[np.ndarray, "channels channels"],
+    kernel: Float[np.ndarray, "channels out"],
     groups: Iterable[int],
     *,
     group_size: int = 1,
@@ -91,8 +91,8 @@ def refit(
 
 
 def prune(
-    gram: Float[np.ndarray, "n n"],
-    kernel: Float[np.ndarray, "n out"],
+    gram: Float[np.ndarray, "channels channels"],
+    kernel: Float[np.ndarray, "channels out"],
     num_keep: int,
     *,
     group_size: int = 1,
@@ -110,8 +110,10 @@ def prune(
         chunk: groups removed at a time before what is left is refitted; 1 is the most careful.
         num_swaps: at most so many exchanges of a kept for a removed group, each the best one of those looked at.
         swap_candidates: kept groups that an exchange may give up: those whose removal alone would cost least.
-    Raises: InputError when the sizes do not fit together or nothing would be kept.
+    Raises: InputError when the sizes do not fit together, nothing would be kept, or `chunk` is below 1.
     """
+    if chunk < 1:
+        raise InputError(f"chunk is {chunk}: at least one group goes at a time")
     gram, kernel = np.asarray(gram, np.float64), np.asarray(kernel, np.float64)
     num_groups, rest = divmod(len(gram), group_size)
     if rest or gram.shape != (len(gram), len(gram)) or len(kernel) != len(gram):
@@ -136,7 +138,7 @@ def prune(
     return refit(gram, kernel, state.kept, group_size=group_size)
 
 
-def _damped(gram: Float64[np.ndarray, "n n"]) -> Float64[np.ndarray, "n n"]:
+def _damped(gram: Float64[np.ndarray, "channels channels"]) -> Float64[np.ndarray, "channels channels"]:
     mean = float(np.trace(gram)) / len(gram)
     return gram + (DAMPING * mean if mean > 0 else 1.0) * np.eye(len(gram))
 

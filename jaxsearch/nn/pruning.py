@@ -21,7 +21,7 @@ from jaxtyping import Array, Bool, Float64, Int
 
 from jaxsearch.errors import InputError
 from jaxsearch.nn.layers import Linear, matmul_precision
-from jaxsearch.nn.osscar import Kept, as_it_is, channels_of, prune
+from jaxsearch.nn.osscar import Kept, channels_of, keep_rows, prune
 from jaxsearch.nn.transformer import Decoder, DecoderConfig, LayerStates
 
 Method = Literal["osscar", "magnitude", "random"]
@@ -77,7 +77,7 @@ class Moments:
     """Per layer XᵀX of what goes into `down_proj` (`mlp`) and into `o_proj` (`heads`), over `num_tokens` tokens."""
 
     mlp: Float64[np.ndarray, "l f f"]
-    heads: Float64[np.ndarray, "l n n"]
+    heads: Float64[np.ndarray, "l channels channels"]
     num_tokens: int
 
 
@@ -90,13 +90,13 @@ class PackedTokens(NamedTuple):
 
 
 def collect_moments(model: Decoder, batches: Iterable[PackedTokens]) -> Moments:
-    """Second moments of every layer's inner states in one pass over `batches`.
+    """Second moments of every layer's inner states in one pass of the uncut model over `batches`.
 
     Products of a batch are float32 on the devices, wherever model and batch lie (a sharded batch is summed over its
     devices); batches are added up in float64 on the host.
 
     Raises: InputError when nothing counts.
-    Accuracy: relative to float64 throughout 3e-7, see `tests/test_pruning.py`.
+    Accuracy: the sums are within 3e-7 of sums in float64 of the same states, see `tests/test_pruning.py`.
     """
     graph, weights = nnx.split(model)
     run = jax.jit(functools.partial(_moments, graph))
@@ -132,10 +132,10 @@ class Widths:
         if self.num_heads is not None and self.num_kv_heads is not None:
             raise InputError("prune num_heads or num_kv_heads, not both")
         per_group = config.num_heads // config.num_kv_heads
-        num_kv_heads = self.num_kv_heads or config.num_kv_heads
-        num_heads = self.num_heads or num_kv_heads * per_group
+        num_kv_heads = config.num_kv_heads if self.num_kv_heads is None else self.num_kv_heads
+        num_heads = num_kv_heads * per_group if self.num_heads is None else self.num_heads
         limits = {
-            "mlp_dim": (self.mlp_dim or config.mlp_dim, config.mlp_dim),
+            "mlp_dim": (config.mlp_dim if self.mlp_dim is None else self.mlp_dim, config.mlp_dim),
             "num_kv_heads": (num_kv_heads, config.num_kv_heads),
             "num_heads": (num_heads, config.num_heads),
         }
@@ -162,12 +162,29 @@ class Search:
     seed: int = 0
     """Of the method random."""
 
+    def __post_init__(self):
+        if self.chunk < 1 or self.num_swaps < 0:
+            raise InputError(
+                f"search: chunk {self.chunk} must be at least 1, num_swaps {self.num_swaps} at least 0"
+            )
+
 
 class WidthErrors(NamedTuple):
-    """Per layer the share of the energy of `down_proj`'s and of `o_proj`'s output that is lost."""
+    """Per layer the share of the energy of `down_proj`'s and of `o_proj`'s output that is lost.
+
+    On the states of the uncut model: what a layer loses because those before it are cut too is not in it.
+    """
 
     mlp: list[float]
     heads: list[float]
+
+
+def tokens_needed(widths: Widths, config: DecoderConfig) -> int:
+    """Calibration tokens without which `prune_widths` refuses."""
+    smaller = widths.applied(config)
+    neurons = config.mlp_dim if smaller.mlp_dim < config.mlp_dim else 0
+    channels = config.num_heads * config.head_dim if smaller.num_heads < config.num_heads else 0
+    return TOKENS_PER_CHANNEL * max(neurons, channels)
 
 
 def prune_widths(
@@ -187,7 +204,11 @@ def prune_widths(
         if not isinstance(linear, Linear):
             raise InputError("merge the model's adapters before pruning it")
         kernels[name] = np.asarray(linear.kernel[...], np.float64)
-    _check_calibration(moments, config, whole)
+    if moments.num_tokens < (needed := tokens_needed(widths, whole)):
+        raise InputError(
+            f"these cuts need at least {needed} calibration tokens, there are {moments.num_tokens}; calibrate on more "
+            "texts"
+        )
     per_group = whole.num_heads // whole.num_kv_heads
     of_mlp = [
         _choose(search, gram, kernel, config.mlp_dim, layer=layer)
@@ -244,18 +265,6 @@ def _moments(
     return decoder.observe(tokens, segment_ids > 0, keep, segment_ids=segment_ids)[1]
 
 
-def _check_calibration(moments: Moments, config: DecoderConfig, whole: DecoderConfig) -> None:
-    channels = max(
-        whole.mlp_dim if config.mlp_dim < whole.mlp_dim else 0,
-        whole.num_heads * whole.head_dim if config.num_heads < whole.num_heads else 0,
-    )
-    if moments.num_tokens < TOKENS_PER_CHANNEL * channels:
-        raise InputError(
-            f"pruning {channels} channels needs at least {TOKENS_PER_CHANNEL * channels} calibration tokens, there are "
-            f"{moments.num_tokens}; calibrate on more texts"
-        )
-
-
 def _choose(
     search: Search,
     gram: np.ndarray,
@@ -283,7 +292,7 @@ def _choose(
         worth = np.linalg.norm(kernel.reshape(num_groups, -1), axis=1)
     by_class = np.argsort(-worth.reshape(num_classes, -1), axis=1)[:, : num_keep // num_classes]
     starts = np.arange(num_classes)[:, None] * (num_groups // num_classes)
-    return as_it_is(gram, kernel, (by_class + starts).reshape(-1).tolist(), group_size=group_size)
+    return keep_rows(gram, kernel, (by_class + starts).reshape(-1).tolist(), group_size=group_size)
 
 
 def _keep_rows(linear: Linear, kept: Sequence[Kept]) -> None:

@@ -89,8 +89,8 @@ class LayerStates(NamedTuple):
 
     keys: Float[Array, "*b t k h"]
     values: Float[Array, "*b t k h"]
-    mixed: Float[Array, "*b t heads"]
-    widened: Float[Array, "*b t f"]
+    mixed: Float[Array, "*b m channels"]
+    widened: Float[Array, "*b m f"]
 
 
 class Attention(nnx.Module):
@@ -221,18 +221,18 @@ class Decoder(nnx.Module):
         """
         if where is None:
             where = jnp.ones(tokens.shape, bool)
-        return self._run_causal(tokens, where, segment_ids, _keep_nothing)[0]
+        return self._run_causal(tokens, where, segment_ids, _read_nothing)[0]
 
     def observe(
         self,
         tokens: Int[Array, "b t"],
         where: Bool[Array, "b t"],
-        keep: Callable[[LayerStates], Any],
+        read: Callable[[LayerStates], Any],
         *,
         segment_ids: Int[Array, "b t"] | None = None,
     ) -> tuple[Float[Array, "b t d"], Any]:
-        """Like a call, and what `keep` makes of each layer's states, with a leading axis of layers."""
-        return self._run_causal(tokens, where, segment_ids, keep)
+        """Like a call, and what `read` makes of each layer's states, with a leading axis of layers."""
+        return self._run_causal(tokens, where, segment_ids, read)
 
     def prefill(
         self,
@@ -245,7 +245,7 @@ class Decoder(nnx.Module):
 
         Args: `segment_ids` as of a call: several prefixes stand in a row, and `attend_prefix` needs `prefix_ids`.
         """
-        hidden, (k, v) = self.observe(tokens, where, _keep_key_values, segment_ids=segment_ids)
+        hidden, (k, v) = self.observe(tokens, where, _read_key_values, segment_ids=segment_ids)
         return hidden, KeyValues(k, v, where, segment_ids)
 
     def attend_prefix(
@@ -268,7 +268,7 @@ class Decoder(nnx.Module):
                 they do not see one another either, and each starts right behind the prefix.
             prefix_ids: where the prefix has segments, which of them a token follows.
             places: positions of each row whose states are wanted (default: all, m = t); in the last layer the others
-                are not computed.
+                are not computed. For scoring; a training step gathers from all.
         """
         if segment_ids is None:
             self._check_length(prefix.where.shape[-1] + tokens.shape[-1])
@@ -293,7 +293,7 @@ class Decoder(nnx.Module):
             )
 
         per_layer = (prefix.k, prefix.v)
-        return self._run(tokens, start + counts, attend, per_layer, _keep_nothing, places)[0]
+        return self._run(tokens, start + counts, attend, per_layer, _read_nothing, places)[0]
 
     def logits(
         self, hidden: Float[Array, "*b d"], token_ids: Int[Array, "k"] | None = None
@@ -309,18 +309,16 @@ class Decoder(nnx.Module):
         return jnp.einsum(equation, hidden, table, precision=precision, preferred_element_type=jnp.float32)
 
     def _run_causal(
-        self, tokens: Array, where: Array, segment_ids: Array | None, keep: Callable[[LayerStates], Any]
+        self, tokens: Array, where: Array, segment_ids: Array | None, read: Callable[[LayerStates], Any]
     ) -> tuple[Array, Any]:
         if segment_ids is None:
             self._check_length(tokens.shape[-1])
         mask, positions = causal_within(where, segment_ids)
 
         def attend(_, queries, keys, values, at):
-            if at is not None:
-                return dense_attention(queries, keys, values, rows_at(mask, at))
             return dense_attention(queries, keys, values, mask, is_causal=True)
 
-        return self._run(tokens, positions, attend, (), keep)
+        return self._run(tokens, positions, attend, (), read)
 
     def _run(
         self,
@@ -328,12 +326,14 @@ class Decoder(nnx.Module):
         positions: Array,
         attend: Callable,
         per_layer: tuple,
-        keep: Callable[[LayerStates], Any],
+        read: Callable[[LayerStates], Any],
         places: Array | None = None,
     ) -> tuple[Array, Any]:
         """Embeds, scans the layers (`attend` gets its slice of `per_layer` first), applies the final norm.
 
-        With `places` the last layer stands alone, computes them only, and nothing is kept.
+        With `places` the last layer stands alone and computes them only: for scoring, since nothing is read of the
+        layers, and a backward pass would hold all of them. A loop over indices copies no weights, a slice of the
+        stack would.
         """
         config = self.config
         frequencies, amplitude = rope_frequencies(
@@ -352,7 +352,7 @@ class Decoder(nnx.Module):
 
         def step(hidden, inputs):
             hidden, states = run_layer(hidden, inputs)
-            return hidden, keep(states)
+            return hidden, read(states)
 
         if places is not None:
 
@@ -386,9 +386,9 @@ class Decoder(nnx.Module):
             )
 
 
-def _keep_nothing(_: LayerStates) -> tuple:
+def _read_nothing(_: LayerStates) -> tuple:
     return ()
 
 
-def _keep_key_values(states: LayerStates) -> tuple[Array, Array]:
+def _read_key_values(states: LayerStates) -> tuple[Array, Array]:
     return states.keys, states.values
