@@ -1,7 +1,7 @@
 """The demo's judge: SmolLM2-135M + LoRA on 320 graded pairs of O*NET activities, short view.
 
 Command: python -m train.judge --config configs/demo/judge.py --workdir work/demo/judge
-Time: 4.1 minutes on two cores of 95 GFLOP/s each, nothing compiled before.
+Time: 3.2 minutes on two cores of 95 GFLOP/s each, nothing compiled before.
 Numbers: see report.json; so few pairs teach how often each grade occurs, and nothing more (kappa 0 on test pairs).
 """
 

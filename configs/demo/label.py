@@ -2,7 +2,7 @@
 
 Command: python -m train.label --config configs/demo/label.py --workdir work/demo/label
          --set judge=work/demo/judge/model
-Time: 1.1 minutes on two cores of 95 GFLOP/s each, nothing compiled before.
+Time: 0.9 minutes on two cores of 95 GFLOP/s each, nothing compiled before.
 Numbers: none; the ranker's table says what the labels are worth.
 """
 

@@ -1,7 +1,7 @@
 """The whole path on O*NET activity search, short view: from pinned downloads to a served, ranked search.
 
 Command: python -m train.demo --config configs/demo/pipeline.py --workdir work/demo
-Time: 23 minutes on two cores of 95 GFLOP/s each, from an empty cache.
+Time: 20 minutes on two cores of 95 GFLOP/s each, 23 from an empty cache.
 Numbers: the table of the evaluate stage; see `closing` for what they can and cannot show.
 """
 

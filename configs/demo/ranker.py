@@ -2,7 +2,7 @@
 
 Command: python -m train.ranker --config configs/demo/ranker.py --workdir work/demo/ranker
          --set labels=work/demo/label retriever=work/demo/encoder/model
-Time: 6.3 minutes on two cores of 95 GFLOP/s each, nothing compiled before.
+Time: 6.0 minutes on two cores of 95 GFLOP/s each, nothing compiled before.
 Numbers: see report.json; so few pairs do not reach the encoder, `configs/reference/ranker.py` is the real recipe.
          Why the first 12 layers: docs/results/layers.
 """
