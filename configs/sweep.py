@@ -12,13 +12,10 @@ from configs.demo import heal, prune
 from train.sweep import Point, SweepConfig
 
 POINTS = (
-    Point("neurons -25 %", mlp_dim=1152),
     Point("neurons -50 %", mlp_dim=768),
     Point("neurons -50 %, magnitude", mlp_dim=768, method="magnitude"),
     Point("neurons -50 %, random", mlp_dim=768, method="random"),
     Point("neurons -50 %, healed", mlp_dim=768, is_healed=True),
-    Point("neurons -75 %", mlp_dim=384),
-    Point("layers -3", drop_layers=3),
     Point("layers -3, neurons -50 %", drop_layers=3, mlp_dim=768),
     Point("layers -3, neurons -50 %, healed", drop_layers=3, mlp_dim=768, is_healed=True),
 )
