@@ -2,7 +2,7 @@
 
 Command: python -m train.ranker --config configs/demo/heal.py --workdir work/demo/heal
          --set base=work/demo/prune/model teacher=work/demo/ranker/model retriever=work/demo/encoder/model
-Time: TIME
+Time: 6.4 minutes on two CPU cores.
 Numbers: report.json.
 """
 

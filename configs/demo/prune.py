@@ -2,7 +2,7 @@
 
 Command: python -m train.prune --config configs/demo/prune.py --workdir work/demo/prune
          --set ranker=work/demo/ranker/model retriever=work/demo/encoder/model
-Time: TIME
+Time: 8.4 minutes on two CPU cores.
 Numbers: report.json; `configs/demo/heal.py` wins back what is lost.
 """
 
