@@ -2,7 +2,7 @@
 
 Command: python -m train.sweep --config configs/sweep.py --workdir work/sweep
          --set prune.ranker=work/demo/ranker/model prune.retriever=work/demo/encoder/model
-Time: TIME
+Time: 61 minutes on two CPU cores, other work beside half of it.
 Numbers: docs/results/pruning.
 """
 
