@@ -1,19 +1,20 @@
-"""The shape lattice: which padded shapes exist, and how items of any length are split over them.
+"""The shape lattice: which padded sizes exist.
 
-A compiled program has one shape, so lengths are padded up to a bucket. Few buckets mean few programs, many
-buckets mean little padding; `Buckets.fit` chooses the lengths, `ItemLattice.plan` the batches. No JAX here;
-the programs are made in `scoring.prefill`.
+A compiled program has one shape, so sizes are padded up to a bucket. Few buckets mean few programs, many buckets mean
+little padding. No JAX here; the programs are made in `scoring.prefill`, launches are filled in `scoring.packing`.
 """
 
 import bisect
 import dataclasses
 import itertools
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping
+from typing import Any
 
 from jaxsearch.errors import InputError
 
-LAUNCH_TOKENS = 48
-"""What starting one batch costs, in tokens: reading every weight once. SmolLM2-135M on 2 CPU cores: 30-60."""
+LAUNCH_MULTIPLE, LAUNCH_GROWTH = 128, 1.125
+"""Launches pad what they hold by about an eighth at most where they are not small, and hardly where they are full."""
+SMALLEST_WINDOW = 128
 
 
 @dataclasses.dataclass(frozen=True)
@@ -93,72 +94,67 @@ class Buckets:
 
 
 @dataclasses.dataclass(frozen=True)
-class ItemBatch:
-    """Items that run together: `positions` in the caller's list, padded to `count` rows of `length`
-    tokens."""
+class Lattice:
+    """Every shape that scoring compiles: a launch is one row of tokens, and its size alone makes a program.
 
-    positions: tuple[int, ...]
-    count: int
-    length: int
-
-    @property
-    def padded_tokens(self) -> int:
-        return self.count * self.length
-
-
-class ItemLattice:
-    """Shapes (count, length) with count · length ≤ `max_batch_tokens`.
-
-    Per length the counts are the powers of four and the most that fit, so that a rest of few items does not
-    pay for a full batch.
+    Args:
+      launches: sizes in tokens, multiples of `LAUNCH_MULTIPLE`.
+      max_prefix_tokens, max_item_tokens: of a prompt; the widest windows of attention hold them.
+    Raises: InputError when the longest prompt does not fit the largest launch.
     """
 
-    def __init__(self, lengths: Buckets, *, max_batch_tokens: int) -> None:
-        if max_batch_tokens < lengths.largest:
+    launches: Buckets
+    max_prefix_tokens: int
+    max_item_tokens: int
+
+    def __post_init__(self) -> None:
+        if wrong := [size for size in self.launches.sizes if size % LAUNCH_MULTIPLE]:
+            raise InputError(f"launches must be multiples of {LAUNCH_MULTIPLE} tokens; got {wrong}")
+        if self.launches.largest < self.max_prefix_tokens + self.max_item_tokens:
             raise InputError(
-                f"max_batch_tokens is {max_batch_tokens}, an item may have {lengths.largest} tokens; raise it"
+                f"a prompt may have {self.max_prefix_tokens} + {self.max_item_tokens} tokens, the largest launch "
+                f"holds {self.launches.largest}; raise max_batch_tokens"
             )
-        self.lengths = lengths
-        self.counts = {length: _counts(max_batch_tokens // length) for length in lengths.sizes}
+
+    @classmethod
+    def for_prompts(
+        cls, *, max_prefix_tokens: int, max_item_tokens: int, max_batch_tokens: int = 2048
+    ) -> "Lattice":
+        """Sizes that grow by about `LAUNCH_GROWTH` up to `max_batch_tokens`, or to the longest prompt if that is more.
+
+        >>> Lattice.for_prompts(max_prefix_tokens=64, max_item_tokens=64, max_batch_tokens=512).launches.sizes
+        (128, 256, 384, 512)
+        """
+        largest = max(max_batch_tokens, max_prefix_tokens + max_item_tokens)
+        sizes = Buckets.geometric(LAUNCH_MULTIPLE, largest, growth=LAUNCH_GROWTH, multiple=LAUNCH_MULTIPLE)
+        return cls(sizes, max_prefix_tokens, max_item_tokens)
+
+    @classmethod
+    def from_json(cls, value: Mapping[str, Any]) -> "Lattice":
+        """What `to_json` wrote. Raises: InputError when keys are missing or the numbers do not fit together."""
+        try:
+            numbers = [int(value[name]) for name in ("max_prefix_tokens", "max_item_tokens")]
+            return cls(Buckets(int(size) for size in value["launches"]), *numbers)
+        except (KeyError, TypeError, ValueError) as error:
+            raise InputError(f"no lattice of launch sizes: {error!r}; export or plan it again") from error
+
+    def to_json(self) -> dict[str, Any]:
+        return dataclasses.asdict(self) | {"launches": list(self.launches.sizes)}
 
     @property
-    def shapes(self) -> list[tuple[int, int]]:
-        """All (count, length), as many as there are programs per prefix bucket."""
-        return [(count, length) for length, counts in self.counts.items() for count in counts]
+    def max_batch_tokens(self) -> int:
+        return self.launches.largest
 
-    def plan(self, lengths: Sequence[int]) -> list[ItemBatch]:
-        """Splits items over batches with the fewest padded tokens plus launch cost; longest items first.
+    def own_windows(self, block_tokens: int) -> Buckets:
+        """How many keys of its own text, or texts, a block of queries may read: up to the longest text before it."""
+        longest = max(self.max_prefix_tokens, self.max_item_tokens) + block_tokens - 1
+        return Buckets.geometric(min(SMALLEST_WINDOW, longest), longest, multiple=64)
 
-        Optimal among partitions of the items sorted by length. InputError when one is empty or too long.
-        """
-        if any(length < 1 for length in lengths):
-            raise InputError("an item without tokens cannot be scored; give it text")
-        order = sorted(range(len(lengths)), key=lambda position: -lengths[position])
-        cost = [0] * (len(order) + 1)
-        choice = [(0, 0)] * len(order)
-        for start in reversed(range(len(order))):
-            length = self.lengths.bucket_of(lengths[order[start]])
-            cost[start], count = min(
-                (LAUNCH_TOKENS + count * length + cost[min(start + count, len(order))], count)
-                for count in self.counts[length]
-            )
-            choice[start] = (count, length)
-        batches = []
-        start = 0
-        while start < len(order):
-            count, length = choice[start]
-            batches.append(ItemBatch(tuple(order[start : start + count]), count, length))
-            start += count
-        return batches
+    def prefix_windows(self) -> Buckets:
+        """How many keys of its prefix a block may read."""
+        return Buckets.geometric(64, self.max_prefix_tokens, growth=2.0, multiple=64)
 
 
 def round_up(size: int, multiple: int) -> int:
     """The smallest multiple of `multiple` that is at least `size`."""
     return -(-size // multiple) * multiple
-
-
-def _counts(most: int) -> tuple[int, ...]:
-    counts = [1]
-    while counts[-1] * 4 < most:
-        counts.append(counts[-1] * 4)
-    return tuple(sorted({*counts, most}))

@@ -16,11 +16,11 @@ import hashlib
 import json
 import shutil
 import uuid
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from jaxsearch.buckets import Buckets
+from jaxsearch.buckets import Lattice
 from jaxsearch.calibration import IsotonicMap
 from jaxsearch.data.records import Document
 from jaxsearch.data.verticals import Vertical, load_vertical
@@ -31,46 +31,10 @@ from jaxsearch.ranker import TextRanker, load_ranker
 from jaxsearch.retrieval.exact import ExactIndex
 from jaxsearch.scoring.prefill import PrefillScorer, ScoreRequest
 
-FORMAT = 2
+FORMAT = 3
 MANIFEST = "bundle.json"
 SCORE_TOLERANCE = 0.02
 """Known scores may differ by this much on other hardware than the one that wrote them."""
-
-
-@dataclasses.dataclass(frozen=True)
-class ShapePlan:
-    """The shapes that the server compiles before it is ready."""
-
-    prefix_buckets: tuple[int, ...]
-    item_buckets: tuple[int, ...]
-    max_batch_tokens: int
-
-    @classmethod
-    def fit(
-        cls,
-        ranker: TextRanker,
-        item_lengths: Iterable[int],
-        *,
-        num_item_buckets: int = 6,
-        max_batch_tokens: int = 2048,
-    ) -> "ShapePlan":
-        """The least padding for `item_lengths` (tokens of prompt items), with room for the longest prompt
-        allowed."""
-        most_shared, most_item = ranker.prompt.max_shared_tokens, ranker.prompt.max_item_tokens
-        return cls(
-            Buckets.geometric(min(128, most_shared), most_shared, growth=2.0).sizes,
-            Buckets.fit(item_lengths, count=num_item_buckets, largest=most_item).sizes,
-            max(max_batch_tokens, 8 * -(-most_item // 8)),
-        )
-
-    def scorer(self, ranker: TextRanker) -> PrefillScorer:
-        return PrefillScorer(
-            ranker.decoder,
-            ranker.label_ids,
-            prefix_buckets=self.prefix_buckets,
-            item_buckets=self.item_buckets,
-            max_batch_tokens=self.max_batch_tokens,
-        )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -98,13 +62,21 @@ class Bundle:
     index: ExactIndex
     lexical_view: str
     calibration: IsotonicMap | None
-    plan: ShapePlan
+    lattice: Lattice
     known_answers: list[KnownAnswer]
     quality: list[dict[str, Any]]
 
+    def scorer(self, *, is_batch_invariant: bool = False) -> PrefillScorer:
+        """The ranker in the bundle's shapes."""
+        return _scorer(self.ranker, self.lattice, is_batch_invariant=is_batch_invariant)
+
+
+def _scorer(ranker: TextRanker, lattice: Lattice, *, is_batch_invariant: bool = False) -> PrefillScorer:
+    return PrefillScorer(ranker.decoder, ranker.label_ids, lattice, is_batch_invariant=is_batch_invariant)
+
 
 def known_answers(
-    ranker: TextRanker, plan: ShapePlan, triples: Sequence[tuple[str, str, str]]
+    ranker: TextRanker, lattice: Lattice, triples: Sequence[tuple[str, str, str]]
 ) -> list[KnownAnswer]:
     """Scores (query, fitting document, other document) texts as the server will; those that the ranker gets
     wrong are left out, since they say nothing about whether a server works."""
@@ -112,7 +84,7 @@ def known_answers(
     for query, fitting, other in triples:
         prompt = ranker.request(query, [fitting, other])
         requests.append(ScoreRequest(tuple(prompt.prefix), prompt.items))
-    logits = plan.scorer(ranker).score(requests)
+    logits = _scorer(ranker, lattice).score(requests)
     answers = []
     for (query, fitting, other), rows in zip(triples, logits, strict=True):
         first, second = ranker.scores(rows).tolist()
@@ -131,8 +103,6 @@ def write_bundle(
     documents: Sequence[Document],
     index: ExactIndex,
     lexical_view: str,
-    item_lengths: Iterable[int] | None = None,
-    num_item_buckets: int = 6,
     max_batch_tokens: int = 2048,
     calibration: IsotonicMap | None = None,
     triples: Sequence[tuple[str, str, str]] = (),
@@ -145,7 +115,7 @@ def write_bundle(
       documents: the corpus, in the order of the index.
       index: the documents' embeddings; its metadata name the encoder's version ("encoder") and the "view".
       lexical_view: the view whose words BM25 searches.
-      item_lengths: recorded prompt item lengths in tokens; None takes those of the corpus in the ranker's view.
+      max_batch_tokens: of the largest launch; `serve.plan` fits launches to traffic.
       triples: (query, fitting document, other document) texts for the self-test.
       quality: what was measured before, a row per system; the server shows it.
     Raises: InputError when parts do not fit together, or `directory` holds something that is not a bundle.
@@ -168,11 +138,10 @@ def write_bundle(
             f"the index was made by encoder {index.metadata.get('encoder')}, the bundle's is {encoder.version}; "
             "build it again with this one"
         )
-    if item_lengths is None:
-        texts = [vertical.document_text(d, ranker.view) for d in documents]
-        item_lengths = [len(item) for item in ranker.request("", texts).items]
-    plan = ShapePlan.fit(
-        ranker, item_lengths, num_item_buckets=num_item_buckets, max_batch_tokens=max_batch_tokens
+    lattice = Lattice.for_prompts(
+        max_prefix_tokens=ranker.prompt.max_shared_tokens,
+        max_item_tokens=ranker.prompt.max_item_tokens,
+        max_batch_tokens=max_batch_tokens,
     )
 
     part = directory.parent / f".{directory.name}.{uuid.uuid4().hex}"
@@ -187,11 +156,11 @@ def write_bundle(
         index.save(part / "index")
         if calibration is not None:
             calibration.save(part / "calibration.json")
-        answers = known_answers(ranker, plan, triples)
+        answers = known_answers(ranker, lattice, triples)
         write_json(part / "quality.json", list(quality))
         write_json(part / "selftest.json", [dataclasses.asdict(answer) for answer in answers])
         (part / "MODEL_CARD.md").write_text(model_card, encoding="utf-8")
-        _write_manifest(part, name, encoder, ranker, plan, lexical_view)
+        _write_manifest(part, name, encoder, ranker, lattice, lexical_view)
         replace_folder(part, directory)
     finally:
         shutil.rmtree(part, ignore_errors=True)
@@ -199,7 +168,7 @@ def write_bundle(
 
 
 def _write_manifest(
-    part: Path, name: str, encoder: TextEncoder, ranker: TextRanker, plan: ShapePlan, lexical_view: str
+    part: Path, name: str, encoder: TextEncoder, ranker: TextRanker, lattice: Lattice, lexical_view: str
 ) -> None:
     """What is in the folder, byte for byte, and which versions belong together."""
     files = {
@@ -214,7 +183,7 @@ def _write_manifest(
         "prompt_fingerprint": ranker.prompt.template.fingerprint,
         "label_ids": list(ranker.label_ids),
         "lexical_view": lexical_view,
-        "plan": dataclasses.asdict(plan),
+        "lattice": lattice.to_json(),
         "files": files,
     }
     write_json(part / MANIFEST, manifest)
@@ -252,11 +221,6 @@ def _load_checked(directory: Path, manifest: Mapping[str, Any]) -> Bundle:
     corpus_digest = manifest["files"]["documents.jsonl"]["sha256"]
     index = ExactIndex.load(directory / "index")
     made_from = index.metadata
-    plan = ShapePlan(
-        tuple(manifest["plan"]["prefix_buckets"]),
-        tuple(manifest["plan"]["item_buckets"]),
-        manifest["plan"]["max_batch_tokens"],
-    )
     pairs = [
         ("the manifest's encoder", manifest["encoder_version"], "the encoder folder", encoder.version),
         (
@@ -296,7 +260,7 @@ def _load_checked(directory: Path, manifest: Mapping[str, Any]) -> Bundle:
         index=index,
         lexical_view=manifest["lexical_view"],
         calibration=calibration,
-        plan=plan,
+        lattice=Lattice.from_json(manifest["lattice"]),
         known_answers=[
             KnownAnswer(answer["query"], tuple(answer["documents"]), tuple(answer["scores"]))
             for answer in read_json(directory / "selftest.json", hint="export the bundle again")

@@ -1,8 +1,8 @@
-"""The queue in front of the one device thread: admission by tokens, fair turns, deadlines, clients that left.
+"""The queue in front of the device threads: admission by tokens, fair turns, deadlines, clients that left.
 
-A job is a generator that does one batch per step and yields the tokens it has just done; after its last batch
-it returns the answer instead. Jobs take turns step by step, so a request with a thousand items does not hold
-up one with two. No JAX here: what a step does is the engine's business.
+Work that can share launches is put into one together with other requests'; all else runs step by step: a generator that
+does one batch per step and yields the tokens it has just done. Jobs take turns launch by launch, so a request with a
+thousand items does not hold up one with two. No JAX here: what a launch or a step does is the engine's business.
 """
 
 import collections
@@ -11,15 +11,42 @@ import dataclasses
 import math
 import threading
 import time
-from collections.abc import Callable, Generator
-from typing import Any
+from collections.abc import Callable, Generator, Mapping, Sequence
+from typing import Any, Protocol
 
 Steps = Generator[int, None, Any]
 
 DEFAULT_RETRY_SECONDS = 1.0
 """Told to clients before anything was measured."""
 RATE_WEIGHT = 0.2
-"""Weight of the newest step in the moving average of the drain rate."""
+"""Weight of the newest launch in the moving average of the drain rate."""
+
+
+class Shareable(Protocol):
+    """Work that goes into launches in portions. One thread at a time calls `join`; `result` comes after the last."""
+
+    @property
+    def is_waiting(self) -> bool:
+        """Whether some of it is in no launch yet."""
+        ...
+
+    def join(self, launch: Any, member: int) -> int:
+        """Puts what fits into the launch, as its `member`, and says how many tokens; 0 where it rather waits."""
+        ...
+
+    def result(self) -> Any: ...
+
+
+class Launcher(Protocol):
+    """Who opens launches, runs them for the work that joined, in the order of joining, and is told how long it took.
+
+    What failed is told by member. `seconds` count from the end of the launch that ended last: where several run at
+    once they share the time.
+    """
+
+    def open(self) -> Any: ...
+    def run(self, launch: Any, members: Sequence[Any]) -> Mapping[int, Exception]: ...
+    def count(self, launch: Any, seconds: float) -> None: ...
 
 
 class QueueFull(Exception):
@@ -34,7 +61,7 @@ class QueueFull(Exception):
 
 
 class DeadlineExceeded(Exception):
-    """The request's time was over before its last step began."""
+    """The request's time was over before all of it was launched."""
 
 
 class Stopped(Exception):
@@ -43,42 +70,59 @@ class Stopped(Exception):
 
 @dataclasses.dataclass(frozen=True)
 class Outcome:
-    """A job's return value with the time it waited before its first step and the time its steps took."""
+    """A job's return value, the time it waited before its first launch, and the time from there to its end."""
 
     value: Any
     queue_seconds: float
     compute_seconds: float
 
 
-@dataclasses.dataclass
+@dataclasses.dataclass(eq=False)
 class _Job:
-    steps: Steps
+    work: Steps | Shareable
     tokens_left: int
     deadline: float | None
     submitted: float
-    future: concurrent.futures.Future
-    queue_seconds: float | None = None
-    compute_seconds: float = 0.0
+    future: concurrent.futures.Future = dataclasses.field(default_factory=concurrent.futures.Future)
+    started: float | None = None
+    in_flight: int = 0
+    """Launches with some of it that run now; of steps at most one."""
 
 
 class Batcher:
-    """Runs jobs on one thread of its own.
+    """Runs jobs on threads of its own.
 
     Args:
       max_queue_tokens: tokens that may wait; a job larger than this is taken when nothing else waits.
+      launcher: for jobs that share launches.
+      num_threads: launches that run at once.
       clock: seconds, monotonic.
     """
 
-    def __init__(self, *, max_queue_tokens: int, clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(
+        self,
+        *,
+        max_queue_tokens: int,
+        launcher: Launcher | None = None,
+        num_threads: int = 1,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
         self.max_queue_tokens = max_queue_tokens
+        self._launcher = launcher
         self._clock = clock
         self._jobs: collections.deque[_Job] = collections.deque()
         self._wake = threading.Condition()
         self._queue_tokens = 0
         self._tokens_per_second: float | None = None
+        self._last_end = -math.inf
         self._is_stopping = False
-        self._thread = threading.Thread(target=self._run, name="device", daemon=True)
-        self._thread.start()
+        self._num_running = 0
+        self._threads = [
+            threading.Thread(target=self._run, name=f"device-{number}", daemon=True)
+            for number in range(num_threads)
+        ]
+        for thread in self._threads:
+            thread.start()
 
     @property
     def queue_tokens(self) -> int:
@@ -86,38 +130,40 @@ class Batcher:
 
     @property
     def tokens_per_second(self) -> float | None:
-        """Moving average of the drain rate while busy; None before the first step."""
+        """Moving average of the drain rate while busy; None before the first launch."""
         return self._tokens_per_second
 
     def submit(
-        self, steps: Steps, tokens: int, *, deadline: float | None = None
+        self, work: Steps | Shareable, tokens: int, *, deadline: float | None = None
     ) -> concurrent.futures.Future:
-        """Queues a job; the future gives an `Outcome`. Cancelling it drops the job before its next step.
+        """Queues a job; the future gives an `Outcome`. Cancelling it drops what is not launched yet.
 
         Args:
-          tokens: what all steps do together, the last one included.
+          tokens: what all of it has.
           deadline: on `clock`; after it the future raises DeadlineExceeded.
         Raises: QueueFull; Stopped.
         """
         with self._wake:
             if self._is_stopping:
                 raise Stopped("the server is shutting down")
-            self._check_room(tokens)
-            job = _Job(steps, tokens, deadline, self._clock(), concurrent.futures.Future())
+            self.check_room(tokens)
+            job = _Job(work, tokens, deadline, self._clock())
             self._jobs.append(job)
             self._queue_tokens += tokens
             self._wake.notify()
         return job.future
 
     def close(self) -> None:
-        """Finishes what is queued, takes nothing more, and waits for the thread to end."""
+        """Finishes what is queued, takes nothing more, and waits for the threads to end."""
         with self._wake:
             self._is_stopping = True
-            self._wake.notify()
-        self._thread.join()
+            self._wake.notify_all()
+        for thread in self._threads:
+            thread.join()
 
-    def _check_room(self, tokens: int) -> None:
-        waiting = self._queue_tokens
+    def check_room(self, tokens: int, *, arriving: int = 0) -> None:
+        """Whether so many tokens may come, where `arriving` ones are on their way already. Raises: QueueFull."""
+        waiting = self._queue_tokens + arriving
         if waiting and waiting + tokens > self.max_queue_tokens:
             excess = min(waiting, waiting + tokens - self.max_queue_tokens)
             rate = self._tokens_per_second
@@ -126,56 +172,133 @@ class Batcher:
     def _run(self) -> None:
         while True:
             with self._wake:
-                while not self._jobs and not self._is_stopping:
+                while not self._jobs and not (self._is_stopping and not self._num_running):
                     self._wake.wait()
                 if not self._jobs:
                     return
-                job = self._jobs.popleft()
-            is_done = self._step(job)
+                launch, members = self._gather()
+                self._num_running += 1
+                if self._jobs:
+                    self._wake.notify()
+            begun = self._clock()
+            for job, _ in members:
+                job.started = begun if job.started is None else job.started
+            if launch is None:
+                for job, _ in members:
+                    self._step(job, begun)
+            else:
+                self._launch(launch, members, begun)
             with self._wake:
-                if is_done:
-                    self._queue_tokens -= job.tokens_left
-                else:
-                    self._jobs.append(job)
+                self._num_running -= 1
+                self._wake.notify_all()
 
-    def _step(self, job: _Job) -> bool:
-        """One step of one job; True when the job has ended, one way or another."""
-        now = self._clock()
-        if job.future.cancelled():
-            job.steps.close()
-            return True
-        if job.deadline is not None and now > job.deadline:
-            job.steps.close()
+    def _gather(self) -> tuple[Any, list[tuple[_Job, int]]]:
+        """What runs next: a launch with the jobs that joined it and their tokens, or one job for a step alone.
+
+        Jobs that have had a turn, and have more, wait behind all others.
+        """
+        launch, members = None, []
+        skipped: list[_Job] = []
+        again: list[_Job] = []
+        while self._jobs:
+            job = self._jobs.popleft()
+            if self._is_over(job):
+                continue
+            if isinstance(job.work, Generator):
+                if launch is None:
+                    members.append((job, 0))
+                    break
+                skipped.append(job)
+                continue
+            if launch is None:
+                assert self._launcher is not None, "work that shares launches needs a launcher"
+                launch = self._launcher.open()
+            tokens = job.work.join(launch, len(members))
+            if tokens:
+                members.append((job, tokens))
+            if job.work.is_waiting:
+                (again if tokens else skipped).append(job)
+        for job, _ in members:
+            job.in_flight += 1
+        self._jobs.extendleft(reversed(skipped))
+        self._jobs.extend(again)
+        return launch, members
+
+    def _is_over(self, job: _Job) -> bool:
+        """Whether its client left, its time has passed or it has failed; then nothing more of it runs."""
+        if not job.future.cancelled() and not job.future.done():
+            if job.deadline is None or self._clock() <= job.deadline:
+                return False
             _resolve(job.future, error=DeadlineExceeded("the request's timeout_ms passed while it waited"))
-            return True
-        if job.queue_seconds is None:
-            job.queue_seconds = now - job.submitted
-        try:
-            done = next(job.steps)
-        except StopIteration as stop:
-            self._count(job, job.tokens_left, self._clock() - now)
-            _resolve(job.future, Outcome(stop.value, job.queue_seconds, job.compute_seconds))
-            return True
-        except Exception as error:  # a job that fails must not take the thread with it
-            _resolve(job.future, error=error)
-            return True
-        self._count(job, done, self._clock() - now)
-        return False
+        if isinstance(job.work, Generator):
+            job.work.close()
+        self._forget(job, job.tokens_left)
+        return True
 
-    def _count(self, job: _Job, done: int, seconds: float) -> None:
-        job.compute_seconds += seconds
+    def _launch(self, launch: Any, members: list[tuple[_Job, int]], begun: float) -> None:
+        assert self._launcher is not None
+        try:
+            failed = self._launcher.run(launch, [job.work for job, _ in members])
+        except Exception as error:  # what fails must not take the thread with it
+            failed = dict.fromkeys(range(len(members)), error)
         with self._wake:
-            job.tokens_left -= done
-            self._queue_tokens -= done
-        if done and seconds > 0:
-            rate, old = done / seconds, self._tokens_per_second
+            self._launcher.count(launch, self._count(sum(tokens for _, tokens in members), begun))
+            for member, (job, tokens) in enumerate(members):
+                job.in_flight -= 1
+                self._forget(job, tokens)
+                if member in failed:
+                    _resolve(job.future, error=failed[member])
+                elif not job.in_flight and not job.work.is_waiting:  # pyright: ignore[reportAttributeAccessIssue]
+                    self._finish(job, job.work.result())  # pyright: ignore[reportAttributeAccessIssue]
+
+    def _step(self, job: _Job, begun: float) -> None:
+        done, value, error = None, None, None
+        try:
+            done = next(job.work)  # pyright: ignore[reportArgumentType]
+        except StopIteration as stop:
+            value = stop.value
+        except Exception as raised:  # a job that fails must not take the thread with it
+            error = raised
+        with self._wake:
+            job.in_flight -= 1
+            if error is not None:
+                self._forget(job, job.tokens_left)
+                _resolve(job.future, error=error)
+                return
+            tokens = job.tokens_left if done is None else done
+            self._count(tokens, begun)
+            self._forget(job, tokens)
+            if done is None:
+                self._finish(job, value)
+            else:
+                self._jobs.append(job)
+
+    def _finish(self, job: _Job, value: Any) -> None:
+        started = job.submitted if job.started is None else job.started
+        self._forget(job, job.tokens_left)
+        _resolve(job.future, Outcome(value, started - job.submitted, self._clock() - started))
+
+    def _forget(self, job: _Job, tokens: int) -> None:
+        """Takes tokens of a job out of the queue; a prefix that ran twice counts once."""
+        tokens = min(tokens, job.tokens_left)
+        job.tokens_left -= tokens
+        self._queue_tokens -= tokens
+
+    def _count(self, tokens: int, begun: float) -> float:
+        """Keeps the drain rate; the seconds that count."""
+        now = self._clock()
+        seconds = now - max(begun, self._last_end)
+        self._last_end = now
+        if tokens and seconds > 0:
+            rate, old = tokens / seconds, self._tokens_per_second
             self._tokens_per_second = rate if old is None else old + RATE_WEIGHT * (rate - old)
+        return seconds
 
 
 def _resolve(
     future: concurrent.futures.Future, value: Outcome | None = None, *, error: Exception | None = None
 ) -> None:
-    if not future.set_running_or_notify_cancel():
+    if future.done() or not future.set_running_or_notify_cancel():
         return
     if error is None:
         future.set_result(value)

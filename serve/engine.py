@@ -15,21 +15,21 @@ from jaxtyping import Bool, Float, Int
 from jaxsearch.bundle import SCORE_TOLERANCE, Bundle
 from jaxsearch.errors import InputError
 from jaxsearch.retrieval import NO_DOCUMENT
-from jaxsearch.scoring.prefill import ScoreRequest
-from serve.batcher import Batcher, Steps
+from jaxsearch.scoring.packing import Launch, Part, ScoreRequest, longest_first
+from serve.batcher import Batcher, Shareable, Steps
 from serve.protocol import MAX_DEPTH
 from serve.telemetry import Telemetry
 
-QUEUE_BATCHES = 4
-"""Tokens that may wait, in largest batches, where the operator states no limit."""
+QUEUE_BATCHES = 16
+"""Tokens that may wait, in largest launches, where the operator states no limit: a request of 50 items takes four."""
 EMBED_ROWS = 64
 
 
 @dataclasses.dataclass(frozen=True)
 class Job:
-    """Steps for the batcher and their cost in padded tokens."""
+    """Work for the batcher and its tokens."""
 
-    steps: Steps
+    work: Steps | Shareable
     tokens: int
 
 
@@ -40,6 +40,7 @@ class Scored:
     logits: Float[np.ndarray, "c k"]
     prompt_tokens: int
     padded_tokens: int
+    """Its share of its launches' padding included."""
     shared_prefix_tokens: int
 
     def usage(self) -> dict[str, int]:
@@ -51,24 +52,63 @@ class Scored:
         }
 
 
+class ScoreWork:
+    """A request's items on their way through launches."""
+
+    def __init__(self, request: ScoreRequest) -> None:
+        self.request = request
+        self._waiting = longest_first(request.items)
+        self._logits = np.zeros((len(request.items), len(request.label_token_ids or ())), np.float32)
+        self._padded: list[float] = []
+
+    @property
+    def is_waiting(self) -> bool:
+        return bool(self._waiting)
+
+    @property
+    def num_tokens(self) -> int:
+        return len(self.request.prefix) + sum(map(len, self.request.items))
+
+    def join(self, launch: Launch, member: int) -> int:
+        return launch.parts[-1].num_tokens if launch.add(member, self.request, self._waiting) else 0
+
+    def receive(self, part: Part, logits: Float[np.ndarray, "c k"], padding: float) -> None:
+        """`padding` is the launch's size over its tokens."""
+        self._logits[part.positions] = logits
+        self._padded.append(part.num_tokens * padding)
+
+    def result(self) -> Scored:
+        return Scored(self._logits, self.num_tokens, round(sum(self._padded)), len(self.request.prefix))
+
+
 class Engine:
-    """A bundle made ready to answer. `state` goes loading → compiling → testing → ready, or ends as failed.
+    """A bundle made ready to answer. `state` goes loading → compiling → testing → ready → stopping, or ends as failed.
 
     Args:
-      max_queue_tokens: padded tokens that may wait for the device; None means `QUEUE_BATCHES` largest batches.
+      max_queue_tokens: tokens that may wait for the device; None means `QUEUE_BATCHES` largest launches.
+      is_batch_invariant: see `PrefillScorer`.
     """
 
-    def __init__(self, bundle: Bundle, telemetry: Telemetry, *, max_queue_tokens: int | None = None) -> None:
+    def __init__(
+        self,
+        bundle: Bundle,
+        telemetry: Telemetry,
+        *,
+        max_queue_tokens: int | None = None,
+        is_batch_invariant: bool = False,
+    ) -> None:
         self.bundle = bundle
         self.telemetry = telemetry
         self.state = "loading"
         self.failure: str | None = None
         self.started = time.time()
         self.ready_seconds: float | None = None
-        self.scorer = bundle.plan.scorer(bundle.ranker)
+        self.scorer = bundle.scorer(is_batch_invariant=is_batch_invariant)
         self.num_retrieved = min(MAX_DEPTH, len(bundle.documents))
         self.batcher = Batcher(
-            max_queue_tokens=max_queue_tokens or QUEUE_BATCHES * bundle.plan.max_batch_tokens
+            max_queue_tokens=max_queue_tokens or QUEUE_BATCHES * bundle.lattice.max_batch_tokens,
+            launcher=self,
+            num_threads=self.scorer.num_concurrent,
         )
 
     def prepare(self) -> None:
@@ -92,6 +132,12 @@ class Engine:
         gc.freeze()  # what lives now lives until the end: no collection looks at it again
         self.state = "ready"
 
+    def refuse(self) -> None:
+        """From now on no new request is taken; those that were are answered."""
+        if self.state == "ready":
+            self.state = "stopping"
+            self.telemetry.is_ready.set(0)
+
     def close(self) -> None:
         """Answers what is queued, then stops the device thread."""
         self.batcher.close()
@@ -105,27 +151,56 @@ class Engine:
 
         Raises: InputError when prefix or an item is empty or too long.
         """
-        batches = self.scorer.plan([request])
-        padded = self.scorer.prefix_buckets.bucket_of(len(request.prefix))
-        padded += sum(batch.padded_tokens for batch in batches)
-        item_tokens = sum(len(item) for item in request.items)
+        work = ScoreWork(self.scorer.checked(request))
+        return Job(work, work.num_tokens)
 
-        def steps() -> Steps:
-            labels = request.label_token_ids or self.scorer.label_token_ids
-            logits = np.zeros((len(request.items), len(labels)), np.float32)
-            for place, batch in enumerate(batches):
-                if place:
-                    yield batches[place - 1].padded_tokens
-                rows = self.scorer.finish(batch, self.scorer.start(batch))
-                logits[[item for _, item in batch.owners]] = rows
-                self.telemetry.batch_fill.observe(batch.num_tokens / batch.padded_tokens)
-            self._count(len(request.items), len(request.prefix) + item_tokens, padded, len(request.prefix))
-            return Scored(logits, len(request.prefix) + item_tokens, padded, len(request.prefix))
+    def open(self) -> Launch:
+        """A launch for the batcher to fill."""
+        return Launch(self.scorer.shapes)
 
-        return Job(steps(), padded)
+    def run(self, launch: Launch, members: Sequence[ScoreWork]) -> dict[int, Exception]:
+        """Scores a launch and hands every member its rows; where it fails, each member alone, and says whose did."""
+        try:
+            found = self.scorer.finish(launch, self.scorer.start(launch))
+        except Exception as error:
+            if len(launch.parts) == 1:
+                return {launch.parts[0].owner: error}
+            failed: dict[int, Exception] = {}
+            for alone in launch.split():
+                failed |= self.run(alone, members)
+            return failed
+        padding = launch.padded_tokens / launch.num_tokens
+        for part, logits in zip(launch.parts, found, strict=True):
+            members[part.owner].receive(part, logits, padding)
+            self.telemetry.items_scored.inc(len(part.items))
+            self.telemetry.tokens.labels("shared_saved").inc(len(part.prefix) * (len(part.items) - 1))
+        return {}
+
+    def count(self, launch: Launch, seconds: float) -> None:
+        """Keeps what the batcher tells of a launch: how long it had the device."""
+        size, real = launch.padded_tokens, launch.num_tokens
+        self.telemetry.batch_seconds.labels(str(size)).observe(seconds)
+        self.telemetry.batch_fill.observe(real / size)
+        self.telemetry.tokens.labels("real").inc(real)
+        self.telemetry.tokens.labels("padding").inc(size - real)
 
     def embed_job(self, texts: Sequence[str], is_query: bool) -> Job:
         """Embeds texts; the outcome is float32 [texts, e] and the number of tokens."""
+        return Job(*self._embed(texts, is_query))
+
+    def retrieve_job(self, query: str, mask: Bool[np.ndarray, "c"] | None) -> Job:
+        """Embeds a query and searches the index: (scores, positions), best first, and the search's seconds."""
+        embedding, tokens = self._embed([query], True)
+
+        def steps() -> Steps:
+            embeds, _ = yield from embedding
+            begun = time.perf_counter()
+            hits = self._search(embeds, mask)
+            return hits, time.perf_counter() - begun
+
+        return Job(steps(), tokens)
+
+    def _embed(self, texts: Sequence[str], is_query: bool) -> tuple[Steps, int]:
         encoder = self.bundle.encoder
         limit = encoder.max_query_tokens if is_query else encoder.max_document_tokens
         texts = [text[: (limit + 1) * encoder.tokenizer.max_token_chars] for text in texts]
@@ -142,19 +217,7 @@ class Engine:
             self.telemetry.tokens.labels("real").inc(sum(lengths))
             return np.concatenate(parts), sum(lengths)
 
-        return Job(steps(), sum(lengths))
-
-    def retrieve_job(self, query: str, mask: Bool[np.ndarray, "c"] | None) -> Job:
-        """Embeds a query and searches the index: (scores, positions), best first, and the search's seconds."""
-        embedding = self.embed_job([query], True)
-
-        def steps() -> Steps:
-            embeds, _ = yield from embedding.steps
-            begun = time.perf_counter()
-            hits = self._search(embeds, mask)
-            return hits, time.perf_counter() - begun
-
-        return Job(steps(), embedding.tokens)
+        return steps(), sum(lengths)
 
     def _search(
         self, query_embeds: Float[np.ndarray, "1 e"], mask: Bool[np.ndarray, "c"] | None
@@ -176,9 +239,3 @@ class Engine:
                     f"self-test failed: {known.query!r} scored {scores.tolist()}, the bundle says "
                     f"{list(known.scores)}; this machine computes something else than the one that exported it"
                 )
-
-    def _count(self, items: int, real: int, padded: int, prefix: int) -> None:
-        self.telemetry.items_scored.inc(items)
-        self.telemetry.tokens.labels("real").inc(real)
-        self.telemetry.tokens.labels("padding").inc(padded - real)
-        self.telemetry.tokens.labels("shared_saved").inc(prefix * max(items - 1, 0))

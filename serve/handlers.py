@@ -33,6 +33,8 @@ from serve.protocol import (
 from serve.search import Searcher, sigmoid
 
 MAX_REQUEST_TOKENS = 300_000
+CHARACTERS_PER_TOKEN = 4
+"""About: what waits to be tokenised is admitted by this, so that a crowd does not wait there instead."""
 POLL_SECONDS = 0.25
 """How often a waiting request looks whether its client is still there."""
 
@@ -77,6 +79,7 @@ class Service:
         self.limits = limits
         self.executor = concurrent.futures.ThreadPoolExecutor(max_workers=2, thread_name_prefix="host")
         self.searcher = Searcher(engine, self.executor)
+        self._arriving_tokens = 0
 
     async def score(self, call: Call) -> Reply:
         """`/v1/score`, `/score`: SGLang's and vLLM's bodies, told apart by their keys."""
@@ -100,7 +103,8 @@ class Service:
                     "apply_softmax must be true: only the label rows of the output matrix are multiplied, so "
                     "probabilities over the whole vocabulary do not exist"
                 )
-            request = await self._host(call, self._raw_request, body)
+            texts = [value for value in (body.query, *body.items) if isinstance(value, str)]
+            request = await self._host(call, texts, self._raw_request, body)
             scored = await self._score(call, request)
             scores = {"scores": softmax(scored.logits).tolist()}
         return {**scores, "object": "scoring", "model": self._model, "usage": scored.usage()}
@@ -145,7 +149,7 @@ class Service:
         width = self.engine.bundle.encoder.embed_dim
         if body.dimensions not in (None, width):
             raise RequestError(400, f"dimensions must be {width}, the encoder's width", param="dimensions")
-        job = await self._host(call, self.engine.embed_job, texts, body.is_query)
+        job = await self._host(call, texts, self.engine.embed_job, texts, body.is_query)
         self._check_tokens(job.tokens)
         embeds, tokens = await self._run(call, job)
         return body.reply(embeds, model=self._model, tokens=tokens)
@@ -187,7 +191,7 @@ class Service:
             "num_known_answers": len(bundle.known_answers),
             "num_programs": engine.num_programs,
             "ready_seconds": engine.ready_seconds,
-            "plan": dataclasses.asdict(bundle.plan),
+            "lattice": bundle.lattice.to_json(),
             "limits": dataclasses.asdict(self.limits) | {"max_queue_tokens": engine.batcher.max_queue_tokens},
             "queue_tokens": engine.batcher.queue_tokens,
             "tokens_per_second": engine.batcher.tokens_per_second,
@@ -241,14 +245,15 @@ class Service:
             return tokenizer.encode_template(value)
 
         scorer = self.engine.scorer
-        prefix = encoded(body.query, scorer.prefix_buckets.largest)
-        items = [encoded(item, scorer.lattice.lengths.largest) for item in body.items]
+        prefix = encoded(body.query, scorer.lattice.max_prefix_tokens)
+        items = [encoded(item, scorer.lattice.max_item_tokens) for item in body.items]
         return ScoreRequest(tuple(prefix), items, tuple(body.label_token_ids or ()))
 
     async def _score_texts(self, call: Call, query: str, texts: Sequence[str]) -> tuple[Scored, list[bool]]:
         """Scores documents with the ranker's prompt; also which of them were cut."""
         self._check_query(query)
-        prompt = await self._host(call, self.engine.bundle.ranker.request, query, texts)
+        request = self.engine.bundle.ranker.request
+        prompt = await self._host(call, [query, *texts], request, query, texts)
         self.engine.telemetry.truncated_items.inc(sum(prompt.truncated))
         return await self._score(call, ScoreRequest(prompt.prefix, prompt.items)), prompt.truncated
 
@@ -256,12 +261,19 @@ class Service:
         self._check_tokens(len(request.prefix) + sum(map(len, request.items)))
         return await self._run(call, self.engine.score_job(request))
 
-    async def _host(self, call: Call, function: Callable[..., Any], *arguments: Any) -> Any:
-        """Host work in a thread, timed as "tokenize"."""
+    async def _host(
+        self, call: Call, texts: Sequence[str], function: Callable[..., Any], *arguments: Any
+    ) -> Any:
+        """Tokenises `texts` in a thread, timed as "tokenize". Raises: QueueFull before, where they would not fit."""
+        tokens = sum(map(len, texts)) // CHARACTERS_PER_TOKEN
+        self.engine.batcher.check_room(tokens, arriving=self._arriving_tokens)
         begun = time.perf_counter()
-        result = await asyncio.get_running_loop().run_in_executor(self.executor, function, *arguments)
-        call.seconds["tokenize"] = time.perf_counter() - begun
-        return result
+        self._arriving_tokens += tokens
+        try:
+            return await asyncio.get_running_loop().run_in_executor(self.executor, function, *arguments)
+        finally:
+            self._arriving_tokens -= tokens
+            call.seconds["tokenize"] = time.perf_counter() - begun
 
     async def _run(self, call: Call, job: Job) -> Any:
         outcome = await self._outcome(call, job)
@@ -272,7 +284,7 @@ class Service:
     async def _outcome(self, call: Call, job: Job) -> Outcome:
         """Queues a job and waits for it, as long as the client does."""
         batcher = self.engine.batcher
-        future = batcher.submit(job.steps, job.tokens, deadline=call.deadline)
+        future = batcher.submit(job.work, job.tokens, deadline=call.deadline)
         self.engine.telemetry.queue_tokens.set(batcher.queue_tokens)
         waiting = asyncio.wrap_future(future)
         while not waiting.done():

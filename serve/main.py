@@ -3,10 +3,11 @@
     python -m serve.main --bundle work/demo/export/bundle --port 8000
 
 The port answers once the bundle is read and checked; `/ready` says 200 when every program is compiled and the
-self-test has passed. SIGTERM answers what was accepted, then stops.
+self-test has passed. SIGTERM refuses what is new, answers what was accepted, then stops.
 """
 
 import argparse
+import asyncio
 import os
 import signal
 import socket
@@ -26,6 +27,22 @@ from serve.routes import create_app
 from serve.telemetry import Telemetry
 
 SHUTDOWN_SECONDS = 60
+REFUSE_SECONDS = 0.5
+"""After SIGTERM new requests are told 503 for this long, so that few meet the port just as it closes."""
+
+
+class _Server(uvicorn.Server):
+    """Refuses new requests in words before it closes the port: uvicorn alone cuts off those it has not read yet."""
+
+    def __init__(self, config: uvicorn.Config, engine: Engine) -> None:
+        super().__init__(config)
+        self._engine = engine
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        if self._engine.state == "ready":
+            self._engine.refuse()
+            await asyncio.sleep(REFUSE_SECONDS)
+        await super().shutdown(sockets)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -36,7 +53,12 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--max-items", type=int, default=MAX_ITEMS, help="items per request")
     parser.add_argument("--max-body-bytes", type=int, default=MAX_BODY_BYTES, help="bytes per request body")
     parser.add_argument(
-        "--max-queue-tokens", type=int, help="tokens that may wait before 429 (default: 4 largest batches)"
+        "--max-queue-tokens", type=int, help="tokens that may wait before 429 (default: 16 largest launches)"
+    )
+    parser.add_argument(
+        "--batch-invariant",
+        action="store_true",
+        help="scores are the same bit for bit whatever runs beside them; costs padding",
     )
     return parser
 
@@ -61,7 +83,12 @@ def serve(options: argparse.Namespace, console: rich.console.Console) -> None:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
     jax.config.update("jax_compilation_cache_dir", str(cache_dir() / "xla"))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
-    engine = Engine(load_bundle(options.bundle), Telemetry(), max_queue_tokens=options.max_queue_tokens)
+    engine = Engine(
+        load_bundle(options.bundle),
+        Telemetry(),
+        max_queue_tokens=options.max_queue_tokens,
+        is_batch_invariant=options.batch_invariant,
+    )
     address = f"http://{options.host}:{listener.getsockname()[1]}"
 
     def on_prepared() -> None:
@@ -75,7 +102,7 @@ def serve(options: argparse.Namespace, console: rich.console.Console) -> None:
 
     app = create_app(engine, Limits(options.max_items, options.max_body_bytes), on_prepared=on_prepared)
     config = uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=SHUTDOWN_SECONDS)
-    server = uvicorn.Server(config)
+    server = _Server(config, engine)
     console.print(f"{engine.bundle.name} on {address}, compiling ...", soft_wrap=True)
     # uvicorn raises the signal again once it has stopped: SIGTERM then ends here, and the exit code is 0.
     signal.signal(signal.SIGTERM, lambda *_: setattr(server, "should_exit", True))

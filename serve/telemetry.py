@@ -2,7 +2,7 @@
 
 import jax.monitoring
 import prometheus_client
-from prometheus_client import Counter, Gauge, Histogram
+from prometheus_client import Counter, Gauge, Histogram, ProcessCollector, Summary
 
 COMPILE_EVENT = "/jax/core/compile/backend_compile_duration"
 STAGE_SECONDS = tuple(base * 10.0**power for power in range(-3, 2) for base in (1, 1.5, 2, 3, 5, 7.5))
@@ -36,6 +36,12 @@ class Telemetry:
             buckets=[i / 10 for i in range(1, 11)],
             registry=registry,
         )
+        self.batch_seconds = Summary(
+            "batch_seconds",
+            "Seconds that a launch had the device, by its padded tokens",
+            ["tokens"],
+            registry=registry,
+        )
         self.stage_seconds = Histogram(
             "stage_seconds", "Seconds per stage", ["stage"], buckets=STAGE_SECONDS, registry=registry
         )
@@ -46,6 +52,7 @@ class Telemetry:
             buckets=STAGE_SECONDS,
             registry=registry,
         )
+        ProcessCollector(registry=registry)
         self._is_armed = False
         jax.monitoring.register_event_duration_secs_listener(self._on_event)
 

@@ -155,3 +155,118 @@ def test_many_threads_may_submit(batcher):
     with concurrent.futures.ThreadPoolExecutor(8) as pool:
         futures = list(pool.map(lambda _: batcher.submit(counted([], "x", 2), 0), range(200)))
     assert all(future.result(10).value == "x" for future in futures)
+
+
+class Portions:
+    """Work of some portions of one token each."""
+
+    def __init__(self, name, portions):
+        self.name, self.portions = name, portions
+
+    @property
+    def is_waiting(self):
+        return self.portions > 0
+
+    def join(self, launch, member):
+        taken = min(self.portions, launch["room"])
+        launch["room"] -= taken
+        self.portions -= taken
+        if taken:
+            launch["members"].append((member, self.name, taken))
+        return taken
+
+    def result(self):
+        return self.name
+
+
+class Launcher:
+    """Launches of four portions; one with "bad" in it fails, and none runs while the gate is closed."""
+
+    def __init__(self):
+        self.launches, self.seconds = [], []
+        self.gate, self.started = threading.Event(), threading.Event()
+
+    def open(self):
+        return {"room": 4, "members": []}
+
+    def run(self, launch, members):
+        self.started.set()
+        self.gate.wait(10)
+        assert [member for member, _, _ in launch["members"]] == list(range(len(members)))
+        self.launches.append([(name, taken) for _, name, taken in launch["members"]])
+        if members[0].name == "broken":
+            raise RuntimeError("device lost")
+        return {i: RuntimeError("bad input") for i, work in enumerate(members) if work.name == "bad"}
+
+    def count(self, launch, seconds):
+        self.seconds.append(seconds)
+
+
+@pytest.fixture
+def sharing(clock):
+    launcher = Launcher()
+    batcher = Batcher(max_queue_tokens=1000, launcher=launcher, clock=clock)
+    yield batcher, launcher
+    launcher.gate.set()
+    batcher.close()
+
+
+def test_requests_share_launches_and_take_turns(sharing):
+    batcher, launcher = sharing
+    futures = [batcher.submit(Portions("first", 4), 4)]
+    assert launcher.started.wait(10)
+    futures += [
+        batcher.submit(Portions(name, size), size) for name, size in (("long", 9), ("a", 1), ("b", 2))
+    ]
+    launcher.gate.set()
+    assert [future.result(10).value for future in futures] == ["first", "long", "a", "b"]
+    assert launcher.launches == [
+        [("first", 4)],
+        [("long", 4)],
+        [("a", 1), ("b", 2), ("long", 1)],
+        [("long", 4)],
+    ]
+    assert batcher.queue_tokens == 0
+
+
+def test_a_failing_launch_fails_who_is_in_it_and_nobody_else(sharing):
+    batcher, launcher = sharing
+    first = batcher.submit(Portions("first", 4), 4)
+    assert launcher.started.wait(10)
+    works = [Portions(name, size) for name, size in (("broken", 9), ("bad", 2), ("good", 2))]
+    broken, bad, good = [batcher.submit(work, work.portions) for work in works]
+    launcher.gate.set()
+    assert [first.result(10).value, good.result(10).value] == ["first", "good"]
+    with pytest.raises(RuntimeError, match="device lost"):
+        broken.result(10)
+    with pytest.raises(RuntimeError, match="bad input"):
+        bad.result(10)
+    assert launcher.launches == [[("first", 4)], [("broken", 4)], [("bad", 2), ("good", 2)]]
+    assert batcher.queue_tokens == 0
+
+
+def test_a_client_that_leaves_is_not_launched_again(sharing):
+    batcher, launcher = sharing
+    gone = batcher.submit(Portions("gone", 40), 40)
+    assert launcher.started.wait(10)
+    assert gone.cancel()
+    stays = batcher.submit(Portions("stays", 2), 2)
+    launcher.gate.set()
+    assert stays.result(10).value == "stays"
+    assert launcher.launches == [[("gone", 4)], [("stays", 2)]]
+    assert batcher.queue_tokens == 0
+
+
+def test_two_threads_run_two_launches_at_once(clock):
+    launcher = Launcher()
+    both = threading.Barrier(2, timeout=10)
+
+    def run(launch, members):
+        both.wait()
+        return {}
+
+    launcher.run = run
+    batcher = Batcher(max_queue_tokens=100, launcher=launcher, num_threads=2, clock=clock)
+    assert batcher.submit(Portions("wide", 8), 8).result(10).value == "wide"
+    batcher.close()
+    assert batcher.queue_tokens == 0

@@ -1,13 +1,12 @@
 import itertools
+import json
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from jaxsearch.buckets import LAUNCH_TOKENS, Buckets, ItemLattice, round_up
+from jaxsearch.buckets import LAUNCH_GROWTH, LAUNCH_MULTIPLE, Buckets, Lattice, round_up
 from jaxsearch.errors import InputError
-
-lengths_of_items = st.lists(st.integers(1, 64), min_size=1, max_size=40)
 
 
 def test_the_smallest_bucket_that_holds_a_size():
@@ -48,48 +47,31 @@ def test_fitted_sizes_have_the_least_padding_of_all_choices(lengths, count):
     assert padded(fitted.sizes) == min(padded(choice) for choice in choices)
 
 
-@given(lengths_of_items)
-def test_a_plan_holds_every_item_once_in_a_shape_of_the_lattice(lengths):
-    lattice = ItemLattice(Buckets([8, 24, 64]), max_batch_tokens=256)
-    batches = lattice.plan(lengths)
-    assert sorted(i for batch in batches for i in batch.positions) == list(range(len(lengths)))
-    for batch in batches:
-        assert (batch.count, batch.length) in lattice.shapes
-        assert batch.padded_tokens <= 256
-        assert len(batch.positions) <= batch.count
-        assert max(lengths[i] for i in batch.positions) <= batch.length
+@given(st.integers(1, 200), st.integers(1, 700), st.integers(1, 4096))
+def test_a_lattice_holds_the_longest_prompt_and_pads_large_launches_little(prefix, item, most):
+    lattice = Lattice.for_prompts(max_prefix_tokens=prefix, max_item_tokens=item, max_batch_tokens=most)
+    assert lattice.max_batch_tokens >= max(most, prefix + item)
+    assert lattice.max_batch_tokens < max(most, prefix + item) + LAUNCH_MULTIPLE
+    for small, large in itertools.pairwise(lattice.launches.sizes):
+        assert large - small <= max(LAUNCH_MULTIPLE, (LAUNCH_GROWTH - 1) * small + LAUNCH_MULTIPLE)
+    assert lattice.prefix_windows().largest >= prefix
+    assert lattice.own_windows(64).largest >= max(prefix, item) + 63
 
 
-@given(st.lists(st.integers(1, 64), min_size=1, max_size=7))
-def test_a_plan_is_the_cheapest_split_of_the_sorted_items(lengths):
-    lattice = ItemLattice(Buckets([16, 64]), max_batch_tokens=256)
-    ordered = sorted(lengths, reverse=True)
-
-    def cheapest(rest):
-        if not rest:
-            return 0
-        return min(
-            LAUNCH_TOKENS + count * length + cheapest(rest[count:])
-            for count, length in lattice.shapes
-            if length >= rest[0]
-        )
-
-    planned = sum(LAUNCH_TOKENS + batch.padded_tokens for batch in lattice.plan(lengths))
-    assert planned == cheapest(ordered)
+def test_a_lattice_survives_json():
+    lattice = Lattice.for_prompts(max_prefix_tokens=60, max_item_tokens=300)
+    assert Lattice.from_json(json.loads(json.dumps(lattice.to_json()))) == lattice
 
 
-def test_few_items_do_not_pay_for_a_full_batch():
-    lattice = ItemLattice(Buckets([32]), max_batch_tokens=2048)
-    assert lattice.counts[32] == (1, 4, 16, 64)
-    assert sorted(batch.count for batch in lattice.plan([30] * 5)) == [1, 4]
-    assert [batch.count for batch in lattice.plan([30] * 60)] == [64]
-
-
-def test_what_cannot_be_planned_says_why():
-    lattice = ItemLattice(Buckets([32]), max_batch_tokens=64)
-    with pytest.raises(InputError, match="without tokens"):
-        lattice.plan([3, 0])
-    with pytest.raises(InputError, match="33 tokens do not fit"):
-        lattice.plan([33])
-    with pytest.raises(InputError, match="max_batch_tokens is 16"):
-        ItemLattice(Buckets([32]), max_batch_tokens=16)
+@pytest.mark.parametrize(
+    ("value", "message"),
+    [
+        ({"launches": [128], "max_prefix_tokens": 100, "max_item_tokens": 29}, "largest launch holds 128"),
+        ({"launches": [100], "max_prefix_tokens": 8, "max_item_tokens": 8}, "multiples of 128"),
+        ({"launches": [128], "max_prefix_tokens": 8}, "no lattice"),
+        ({"launches": ["many"], "max_prefix_tokens": 8, "max_item_tokens": 8}, "no lattice"),
+    ],
+)
+def test_a_lattice_that_cannot_be_says_why(value, message):
+    with pytest.raises(InputError, match=message):
+        Lattice.from_json(value)

@@ -1,4 +1,3 @@
-import hashlib
 import json
 import shutil
 
@@ -8,7 +7,7 @@ import pytest
 from jaxsearch.bundle import MANIFEST, load_bundle, write_bundle
 from jaxsearch.errors import InputError
 from jaxsearch.scoring.prefill import ScoreRequest
-from tests.tiny_bundle import DOCUMENTS, change_json, tiny_index, write_parts, write_tiny_bundle
+from tests.tiny_bundle import DOCUMENTS, change_json, relist, tiny_index, write_parts, write_tiny_bundle
 
 
 @pytest.fixture(scope="module")
@@ -19,14 +18,6 @@ def written(tmp_path_factory):
 @pytest.fixture
 def copy(written, tmp_path):
     return shutil.copytree(written, tmp_path / "bundle")
-
-
-def relist(directory):
-    """Writes the true digests into the manifest, so that only the mismatch is left to find."""
-    manifest = json.loads((directory / MANIFEST).read_text())
-    for path, entry in manifest["files"].items():
-        entry["sha256"] = hashlib.sha256((directory / path).read_bytes()).hexdigest()
-    (directory / MANIFEST).write_text(json.dumps(manifest))
 
 
 def test_what_is_written_is_read_back(written):
@@ -47,7 +38,7 @@ def test_known_answers_are_what_the_loaded_ranker_says(written):
     known = bundle.known_answers[0]
     assert known.scores[0] > known.scores[1]
     prompt = bundle.ranker.request(known.query, list(known.documents))
-    logits = bundle.plan.scorer(bundle.ranker).score([ScoreRequest(prompt.prefix, prompt.items)])[0]
+    logits = bundle.scorer().score([ScoreRequest(prompt.prefix, prompt.items)])[0]
     # measured maximum: 1.5e-8 (other neighbours in the batch)
     np.testing.assert_allclose(bundle.ranker.scores(logits), known.scores, atol=1e-5, rtol=0)
 
@@ -86,7 +77,7 @@ def test_one_flipped_bit_is_found(copy, path):
         ({"encoder_version": "0" * 12}, "the manifest's encoder: 000000000000, the encoder folder"),
         ({"prompt_fingerprint": "0" * 12}, "the manifest's prompt: 000000000000, the ranker's prompt"),
         ({"label_ids": [1, 2]}, r"the manifest's labels: \[1, 2\], the ranker's labels"),
-        ({"format": 99}, "not a bundle of format 2"),
+        ({"format": 99}, "not a bundle of format 3"),
         ({"lexical_view": "long"}, "BM25's view is known: False"),
     ],
 )

@@ -27,9 +27,7 @@ def made(tmp_path_factory) -> dict[str, str]:
 
 
 def test_the_bundle_holds_what_it_was_made_from(made, tmp_path):
-    export.main(
-        export.ExportConfig(calibration_depth=4, num_item_buckets=2, max_batch_tokens=256, **made), tmp_path
-    )
+    export.main(export.ExportConfig(calibration_depth=4, max_batch_tokens=256, **made), tmp_path)
     bundle = load_bundle(tmp_path / "bundle")
     assert len(bundle.documents) == 12
     assert bundle.calibration is not None

@@ -42,7 +42,7 @@ def metric(client, name):
 
 @pytest.fixture(scope="module")
 def scorer(bundle):
-    return bundle.plan.scorer(bundle.ranker)
+    return bundle.scorer()
 
 
 def ranker_scores(bundle, scorer, query, texts):
@@ -316,7 +316,7 @@ SEARCH, RERANK, SCORE, EMBED = "/v1/search", "/v1/rerank", "/v1/score", "/v1/emb
         (SCORE, {"query": "a", "items": ["b"], "label_token_ids": []}, 400, "1 to 16 label tokens"),
         (SCORE, {"query": "a", "items": ["b"], "label_token_ids": [-1]}, 400, "label token ids must be in"),
         (SCORE, {"query": [5], "items": [[999999]], "label_token_ids": [1]}, 400, "token ids must be in"),
-        (SCORE, {"query": "a", "items": ["b" * 99], "label_token_ids": [1]}, 400, "99 tokens do not fit"),
+        (SCORE, {"query": "a", "items": ["b" * 99], "label_token_ids": [1]}, 400, "an item of 99 tokens does not fit"),
         (SCORE, {"query": "a", "items": [""], "label_token_ids": [1]}, 400, "item without tokens"),
         (SCORE, {"query": "a", "items": ["b"], "item_first": True}, 400, "item_first is not supported"),
         (SCORE, {"text_1": "a"}, 400, "text_2: field required"),
@@ -364,6 +364,8 @@ def test_unknown_paths_and_methods(server):
     assert server.get("/v1/rerank").status_code == 405
     assert server.get("/v1/nothing").json()["object"] == "error"
     assert server.get("/v1/rerank").json()["code"] == "method_not_allowed"
+    assert server.get("/v1/embeddings").json()["error"]["code"] == "method_not_allowed"
+    assert server.get("/embed").json()["error_type"] == "Validation"
 
 
 def test_openapi_describes_the_bodies(server):

@@ -387,20 +387,3 @@ def test_a_prefix_with_segments_is_not_attended_as_one():
         model.attend_prefix(items, kept, model.prefill(tokens, where, segment_ids=ids)[1])
     with pytest.raises(AssertionError, match="prefix_ids"):
         model.attend_prefix(items, kept, model.prefill(tokens, where)[1], prefix_ids=ids[:, None])
-
-
-@pytest.mark.parametrize("case", CONFIGS)
-def test_states_of_some_places_alone_are_those_of_all(case):
-    """The last layer computes them only; where rows are packed, each item's own last token is asked for."""
-    model = _model(CONFIGS[case])
-    rng = np.random.default_rng(4)
-    prefix_ids = jnp.asarray([[1] * 4 + [2] * 3, [1] * 2 + [2] * 4 + [0]])
-    prefix = model.prefill(_random_tokens(rng, 2, 7), prefix_ids > 0, segment_ids=prefix_ids)[1]
-    tokens = _random_tokens(rng, 2, 3, 9)
-    segment_ids = jnp.asarray([1] * 4 + [2] * 3 + [0] * 2)[None, None].repeat(2, 0).repeat(3, 1)
-    places = jnp.asarray([3, 6])[None, None].repeat(2, 0).repeat(3, 1)
-    options = {"segment_ids": segment_ids, "prefix_ids": segment_ids}
-    whole = model.attend_prefix(tokens, segment_ids > 0, prefix, **options)
-    some = model.attend_prefix(tokens, segment_ids > 0, prefix, places=places, **options)
-    assert some.shape == (2, 3, 2, whole.shape[-1])
-    np.testing.assert_allclose(some, whole[:, :, jnp.asarray([3, 6])], atol=TOLERANCE)

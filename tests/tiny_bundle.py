@@ -1,12 +1,13 @@
 """A real bundle of tiny random models and made-up documents, for the tests of bundle and server."""
 
+import hashlib
 import json
 from pathlib import Path
 
 import tokenizers
 from flax import nnx
 
-from jaxsearch.bundle import write_bundle
+from jaxsearch.bundle import MANIFEST, write_bundle
 from jaxsearch.calibration import IsotonicMap
 from jaxsearch.data.prompts import PromptEncoder, PromptTemplate
 from jaxsearch.data.records import Document
@@ -142,7 +143,6 @@ def write_tiny_bundle(root: Path) -> Path:
         documents=DOCUMENTS,
         index=tiny_index(parts),
         lexical_view="full",
-        num_item_buckets=2,
         max_batch_tokens=256,
         calibration=IsotonicMap((-1.0, 1.0), (0.1, 0.9)),
         triples=[("bake bread", "Baker", "Nurse"), ("bake bread", "Nurse", "Baker")],
@@ -152,3 +152,11 @@ def write_tiny_bundle(root: Path) -> Path:
 
 def change_json(path: Path, **values) -> None:
     path.write_text(json.dumps({**json.loads(path.read_text()), **values}))
+
+
+def relist(directory: Path) -> None:
+    """Writes the true digests into the manifest, so that only the mismatch is left to find."""
+    manifest = json.loads((directory / MANIFEST).read_text())
+    for path, entry in manifest["files"].items():
+        entry["sha256"] = hashlib.sha256((directory / path).read_bytes()).hexdigest()
+    (directory / MANIFEST).write_text(json.dumps(manifest))

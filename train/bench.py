@@ -11,40 +11,30 @@ import dataclasses
 import datetime
 import functools
 import importlib.metadata
-import importlib.util
 import os
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import jax
 import numpy as np
-from jaxtyping import Float
 
-from jaxsearch.buckets import Buckets
-from jaxsearch.checkpoints import save_model
 from jaxsearch.data.assets import resolve
-from jaxsearch.data.prompts import PromptEncoder, PromptTokens
+from jaxsearch.data.prompts import PromptEncoder
 from jaxsearch.data.tokenizer import Tokenizer
 from jaxsearch.data.verticals import load_vertical
 from jaxsearch.errors import InputError
 from jaxsearch.files import write_json
 from jaxsearch.nn.pruning import keep_layers
 from jaxsearch.ranker import TextRanker, new_ranker
-from jaxsearch.scoring.prefill import PrefillScorer, ScoreRequest
 from train.config import Count
 from train.inputs import load_base, load_data
 from train.options import progress, run, say
 from train.speed import commit, matmul_peak, spread, take_turns, weights_per_token
+from train.ways import Request, Way, check_agreement, missing_libraries, our_ways, their_ways
 
-AGREEMENT = {"float32": 1e-4, "bfloat16": 0.5}
-"""Largest difference between the scores (yes minus no) of one dtype's ways; measured 1.5e-5 and 0.15."""
 LENGTH_SPREAD = 0.35
 """Standard deviation of the logarithm of a document's length; half of them are within 25 % of the middle."""
-BATCHED = 16
-"""Prompts of a padded batch in torch."""
-ITEM_BUCKETS = 16
 REFERENCE, BASE = "transformers, one by one", "transformers, batches"
 """Whose scores the others must equal, and whose speed they are stated of."""
 
@@ -79,25 +69,6 @@ class BenchConfig:
     dtypes: tuple[Literal["float32", "bfloat16"], ...] = ("float32", "bfloat16")
     repeats: Count = 5
     seed: int = 0
-
-
-class Request(NamedTuple):
-    """One query with its documents, as texts and as tokens."""
-
-    query: str
-    documents: list[str]
-    prompt: PromptTokens
-
-    def whole_prompts(self) -> list[list[int]]:
-        return [[*self.prompt.prefix, *item] for item in self.prompt.items]
-
-
-@dataclasses.dataclass
-class Way:
-    """One way to score; `padded_tokens` says what a pass over a request computes, None where it is not known."""
-
-    score: Callable[[Request], Float[np.ndarray, "c"]]
-    padded_tokens: Callable[[Request], int] | None = None
 
 
 def draw_requests(config: BenchConfig, ranker: TextRanker) -> list[Request]:
@@ -140,115 +111,6 @@ def make_ranker(config: BenchConfig, dtype: str) -> TextRanker:
     return new_ranker(keep_layers(base, layers), prompt, view=config.view)
 
 
-def our_ways(config: BenchConfig, ranker: TextRanker) -> dict[str, Way]:
-    """From texts to scores, tokenisation included; shapes are fitted to other documents than are timed."""
-    earlier = draw_requests(dataclasses.replace(config, seed=config.seed + 1), ranker)
-    items = [len(item) for request in earlier for item in request.prompt.items]
-    wholes = [len(prompt) - 1 for request in earlier for prompt in request.whole_prompts()]
-    most = {"items": config.max_item_tokens, "wholes": config.max_shared_tokens + config.max_item_tokens}
-
-    def scorer(sizes: Sequence[int], largest: int, prefixes: Sequence[int]) -> PrefillScorer:
-        return PrefillScorer(
-            ranker.decoder,
-            ranker.label_ids,
-            prefix_buckets=prefixes,
-            item_buckets=Buckets.fit(sizes, count=ITEM_BUCKETS, largest=largest),
-            max_batch_tokens=config.max_batch_tokens,
-            prefix_cache_size=1,
-        )
-
-    def way(scorer: PrefillScorer, arrange: Callable[[PromptTokens], list[ScoreRequest]]) -> Way:
-        def score(request: Request) -> np.ndarray:
-            scorer.forget_prefixes()
-            prompt = ranker.request(request.query, request.documents)
-            scored = [scorer.score([part])[0] for part in arrange(prompt)]
-            return np.concatenate([ranker.scores(logits) for logits in scored])
-
-        def padded(request: Request) -> int:
-            batches = [batch for part in arrange(request.prompt) for batch in scorer.plan([part])]
-            prefixes = {batch.prefix for batch in batches}
-            return sum(batch.padded_tokens for batch in batches) + sum(
-                scorer.prefix_buckets.bucket_of(len(prefix)) for prefix in prefixes
-            )
-
-        return Way(score, padded)
-
-    def whole(prompt: PromptTokens) -> ScoreRequest:
-        """Nothing shared but the first token."""
-        first, *rest = prompt.prefix
-        return ScoreRequest((first,), [[*rest, *item] for item in prompt.items])
-
-    def alone(prompt: PromptTokens) -> list[ScoreRequest]:
-        request = whole(prompt)
-        return [ScoreRequest(request.prefix, [item]) for item in request.items]
-
-    plain = scorer(wholes, most["wholes"], [8])
-    shared = scorer(items, most["items"], [config.max_shared_tokens // 2, config.max_shared_tokens])
-    return {
-        "jaxsearch, one by one": way(plain, alone),
-        "jaxsearch, batches": way(plain, lambda prompt: [whole(prompt)]),
-        "jaxsearch, shared prefix": way(shared, lambda prompt: [ScoreRequest(prompt.prefix, prompt.items)]),
-    }
-
-
-def their_ways(config: BenchConfig, ranker: TextRanker, folder: Path, dtype: str) -> dict[str, Way]:
-    """Torch with the same weights. Decoders get our tokens; the cross-encoder gets texts that it tokenises to them."""
-    from train.torch_scorers import CrossEncoderScorer, DecoderScorer
-
-    save_model(folder, ranker.decoder, ranker.tokenizer, {"kind": "decoder"})
-    decode = ranker.tokenizer.decode
-    limit = config.max_shared_tokens + config.max_item_tokens
-    encoder = CrossEncoderScorer(folder, ranker.label_ids, dtype=dtype, batch_size=BATCHED, max_tokens=limit)
-
-    @functools.cache
-    def pairs(query: str, documents: tuple[str, ...]) -> list[tuple[str, str]]:
-        """Made at the first call, which is not timed."""
-        prompt = ranker.request(query, documents)
-        return [(decode(prompt.prefix), decode(item)) for item in prompt.items]
-
-    def plain(batch_size: int) -> Way:
-        scorer = DecoderScorer(folder, ranker.label_ids, dtype=dtype, batch_size=batch_size)
-
-        def score(request: Request) -> np.ndarray:
-            prompt = ranker.request(request.query, request.documents)
-            return scorer(request._replace(prompt=prompt).whole_prompts())
-
-        return Way(score, lambda request: padded_tokens(request.whole_prompts(), batch_size))
-
-    return {
-        REFERENCE: plain(1),
-        BASE: plain(BATCHED),
-        "sentence-transformers": Way(lambda request: encoder(pairs(request.query, tuple(request.documents)))),
-    }
-
-
-def padded_tokens(prompts: Sequence[Sequence[int]], batch_size: int) -> int:
-    """Of batches of prompts sorted by length.
-
-    Example:
-        >>> padded_tokens([[1], [1, 2], [1, 2, 3]], 2)
-        7
-    """
-    sizes = sorted(map(len, prompts), reverse=True)
-    parts = [sizes[start : start + batch_size] for start in range(0, len(sizes), batch_size)]
-    return sum(part[0] * len(part) for part in parts)
-
-
-def check_agreement(ways: Mapping[tuple[str, str], Way], requests: Sequence[Request]) -> dict[Any, float]:
-    """Each way's largest difference from `transformers` one by one in its dtype.
-
-    Raises: InputError when scores differ: then not the same is timed.
-    """
-    scores = {key: np.concatenate([way.score(request) for request in requests]) for key, way in ways.items()}
-    differences = {
-        (dtype, name): float(np.abs(found - scores[dtype, REFERENCE]).max())
-        for (dtype, name), found in scores.items()
-    }
-    if wrong := {key: value for key, value in differences.items() if not value <= AGREEMENT[key[0]]}:
-        raise InputError(f"scores differ, so not the same is timed: {wrong}")
-    return differences
-
-
 def measure(config: BenchConfig, folder: Path) -> tuple[dict[str, int], list[dict[str, Any]]]:
     """The tokens of all requests, and a row for each way in each dtype."""
     ways: dict[tuple[str, str], Way] = {}
@@ -256,7 +118,8 @@ def measure(config: BenchConfig, folder: Path) -> tuple[dict[str, int], list[dic
     requests = draw_requests(config, rankers[config.dtypes[0]])
     lengths = [len(item) for request in requests for item in request.prompt.items]
     for dtype, ranker in rankers.items():
-        made = their_ways(config, ranker, folder / dtype, dtype) | our_ways(config, ranker)
+        ours = our_ways(ranker, max_batch_tokens=config.max_batch_tokens)
+        made = their_ways(ranker, folder / dtype, dtype) | {f"jaxsearch, {name}": ours[name] for name in ours}
         ways |= {(dtype, name): way for name, way in made.items()}
 
     def score_all(way: Way) -> None:
@@ -264,7 +127,10 @@ def measure(config: BenchConfig, folder: Path) -> tuple[dict[str, int], list[dic
             way.score(request)
 
     with progress("measuring", (1 + config.repeats) * len(ways)) as advance:
-        differences = check_agreement(ways, requests)
+        scores = {
+            key: np.concatenate([way.score(request) for request in requests]) for key, way in ways.items()
+        }
+        differences = check_agreement(scores, REFERENCE)
         advance(len(ways))
         calls = {key: functools.partial(score_all, way) for key, way in ways.items()}
         seconds = take_turns(calls, config.repeats, advance)
@@ -286,8 +152,8 @@ def measure(config: BenchConfig, folder: Path) -> tuple[dict[str, int], list[dic
             ),
             "largest_difference": differences[dtype, name],
         }
-        if way.padded_tokens is not None:
-            row["computed_tokens"] = sum(map(way.padded_tokens, requests)) / len(lengths)
+        if way.places is not None:
+            row["computed_tokens"] = sum(way.places(request).padded for request in requests) / len(lengths)
         rows.append(row)
     return tokens, rows
 
@@ -318,7 +184,7 @@ def markdown(report: dict[str, Any]) -> str:
 
 
 def main(config: BenchConfig, workdir: Path) -> None:
-    if missing := [name for name in ("torch", "sentence_transformers") if not importlib.util.find_spec(name)]:
+    if missing := missing_libraries():
         raise InputError(
             f"{', '.join(missing)} not installed here: `make bench` runs this in an environment that has them"
         )

@@ -61,10 +61,8 @@ class ExportConfig:
     known_answers: CountOrNone = 8
     """(query, relevant, irrelevant document) triples to try for the self-test; those ranked wrongly are left
     out."""
-    num_item_buckets: Count = 6
-    """Padded item lengths; each means about four programs that the server compiles at start."""
     max_batch_tokens: Count = 2048
-    """Padded item tokens of one launch; more on an accelerator."""
+    """Padded tokens of one launch; more on an accelerator."""
     seed: int = 0
 
 
@@ -211,7 +209,6 @@ def main(config: ExportConfig, workdir: Path) -> None:
         documents=[collection.documents[key] for key in index.ids],
         index=index,
         lexical_view=lexical_view,
-        num_item_buckets=config.num_item_buckets,
         max_batch_tokens=config.max_batch_tokens,
         calibration=calibration,
         triples=triples,
@@ -221,7 +218,12 @@ def main(config: ExportConfig, workdir: Path) -> None:
     manifest = read_object(bundle / MANIFEST)
     size = sum(entry["size_bytes"] for entry in manifest["files"].values())
     answers = len(read_json(bundle / "selftest.json"))
-    made = {"size_bytes": size, "plan": manifest["plan"], "known_answers": answers, "calibration": facts}
+    made = {
+        "size_bytes": size,
+        "lattice": manifest["lattice"],
+        "known_answers": answers,
+        "calibration": facts,
+    }
     write_json(workdir / "report.json", made | {"speed": card.speed})
     error = f" (error {facts['held_out_error']} on held-out queries)" if "held_out_error" in facts else ""
     fitted = f"calibrated on {facts['num_queries']} queries{error}" if facts else "not calibrated"

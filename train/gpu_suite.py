@@ -21,6 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from jaxsearch.buckets import Lattice
 from jaxsearch.files import write_json
 from jaxsearch.nn.layers import last_hidden
 from jaxsearch.nn.transformer import Decoder, DecoderConfig
@@ -165,9 +166,11 @@ def scoring(config: GpuSuiteConfig, peak: float) -> dict[str, Any]:
     scorer = PrefillScorer(
         new_decoder(config, jnp.bfloat16),
         LABEL_IDS,
-        prefix_buckets=(config.prefix_tokens,),
-        item_buckets=(config.item_tokens,),
-        max_batch_tokens=config.max_batch_tokens,
+        Lattice.for_prompts(
+            max_prefix_tokens=config.prefix_tokens,
+            max_item_tokens=config.item_tokens,
+            max_batch_tokens=config.max_batch_tokens,
+        ),
     )
     rng = np.random.default_rng(0)
 

@@ -10,9 +10,10 @@ from typing import Protocol
 
 import numpy as np
 
+from jaxsearch.buckets import Lattice
 from jaxsearch.checkpoints import read_card
 from jaxsearch.data.assets import licence_of, resolve
-from jaxsearch.data.batches import CandidateSampler, multiples
+from jaxsearch.data.batches import CandidateSampler
 from jaxsearch.data.records import Collection, Query, Run
 from jaxsearch.data.sources import load_collection
 from jaxsearch.data.verticals import Vertical, load_vertical
@@ -197,11 +198,14 @@ def origin(base: str, collection: Collection) -> dict[str, str]:
 
 
 def offline_scorer(model: TextJudge | TextRanker, *, max_batch_tokens: int = 2048) -> PrefillScorer:
-    """A scorer that compiles a shape at its first use: for labelling and evaluation, not for serving."""
-    return PrefillScorer(
-        model.decoder,
-        model.label_ids,
-        prefix_buckets=multiples(48, model.prompt.max_shared_tokens),
-        item_buckets=multiples(16, model.prompt.max_item_tokens),
+    """A scorer that compiles a shape at its first use: for labelling and evaluation, not for serving.
+
+    A judge's policy is computed once.
+    """
+    base = model.pairs([]).prefix if isinstance(model, TextJudge) else ()
+    lattice = Lattice.for_prompts(
+        max_prefix_tokens=max(1, model.prompt.max_shared_tokens - len(base)),
+        max_item_tokens=model.prompt.max_item_tokens,
         max_batch_tokens=max_batch_tokens,
     )
+    return PrefillScorer(model.decoder, model.label_ids, lattice, base=base)

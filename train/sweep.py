@@ -127,7 +127,6 @@ def measure(
     timed = dict(list(candidates.items())[: config.timed_queries])
 
     def score(name: str) -> None:
-        scorers[name].forget_prefixes()
         rerank(rankers[name], scorers[name], collection, vertical, timed)
 
     calls = {name: functools.partial(score, name) for name in rankers}

@@ -31,5 +31,4 @@ def quick() -> ExportConfig:
         report="work/demo-quick/evaluate/report.json",
         calibration_queries=6,
         calibration_depth=5,
-        num_item_buckets=2,
     )

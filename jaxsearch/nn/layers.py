@@ -137,7 +137,7 @@ class Linear(nnx.Module):
             outputs += _along_last(self.bias[...].astype(self.dtype), outputs.ndim)
         return outputs
 
-    def columns(self, ids: Int[Array, "k"] | None = None) -> Float[Array, "i k"]:
+    def columns(self, ids: Int[Array, "*k"] | None = None) -> Float[Array, "i *k"]:
         """The kernel's columns `ids` (default: all) in `param_dtype`; not for stacked layers."""
         return self.kernel[...] if ids is None else self.kernel[:, ids]
 

@@ -1,8 +1,9 @@
 """The one decoder: Llama, Qwen2 and Qwen3 families, for encoder, judge and ranker.
 
-`Decoder(...)` runs whole sequences; `prefill` + `attend_prefix` run many items behind one shared prefix and
-give the same hidden states. The layers are one module whose parameters have a leading layer axis, scanned.
-Read-outs and losses live with the models; loading and saving in `convert`; adapters in `lora`.
+`Decoder(...)` runs whole sequences; `prefill` + `attend_prefix` run many items behind one shared prefix and give the
+same hidden states; `read_packed` gives those of many prompts' ends, for scoring. The layers are one module whose
+parameters have a leading layer axis, scanned. Read-outs and losses live with the models; loading and saving in
+`convert`; adapters in `lora`.
 """
 
 import dataclasses
@@ -27,6 +28,7 @@ from jaxsearch.nn.layers import (
     rotate,
     rows_at,
 )
+from jaxsearch.nn.packed import PackedPrompts, packed_attention
 
 FAMILIES = ("llama", "qwen2", "qwen3")
 
@@ -221,7 +223,7 @@ class Decoder(nnx.Module):
         """
         if where is None:
             where = jnp.ones(tokens.shape, bool)
-        return self._run_causal(tokens, where, segment_ids, _read_nothing)[0]
+        return self._run_causal(tokens, where, segment_ids, lambda _: ())[0]
 
     def observe(
         self,
@@ -245,7 +247,9 @@ class Decoder(nnx.Module):
 
         Args: `segment_ids` as of a call: several prefixes stand in a row, and `attend_prefix` needs `prefix_ids`.
         """
-        hidden, (k, v) = self.observe(tokens, where, _read_key_values, segment_ids=segment_ids)
+        hidden, (k, v) = self.observe(
+            tokens, where, lambda states: (states.keys, states.values), segment_ids=segment_ids
+        )
         return hidden, KeyValues(k, v, where, segment_ids)
 
     def attend_prefix(
@@ -256,8 +260,7 @@ class Decoder(nnx.Module):
         *,
         segment_ids: Int[Array, "q c t"] | None = None,
         prefix_ids: Int[Array, "q c t"] | None = None,
-        places: Int[Array, "q c m"] | None = None,
-    ) -> Float[Array, "q c m d"]:
+    ) -> Float[Array, "q c t d"]:
         """Hidden states of items that each follow their query's prefix and do not see one another.
 
         Equal to a call on prefix + item (fp32: within 1e-5) for the price of the item alone: the prefix's
@@ -267,8 +270,6 @@ class Decoder(nnx.Module):
             segment_ids: where rows hold several items one after another, which of them a token belongs to;
                 they do not see one another either, and each starts right behind the prefix.
             prefix_ids: where the prefix has segments, which of them a token follows.
-            places: positions of each row whose states are wanted (default: all, m = t); in the last layer the others
-                are not computed. For scoring; a training step gathers from all.
         """
         if segment_ids is None:
             self._check_length(prefix.where.shape[-1] + tokens.shape[-1])
@@ -279,34 +280,69 @@ class Decoder(nnx.Module):
             follows &= prefix.segment_ids[:, None, None] == prefix_ids[..., None]
         start = jnp.sum(follows, axis=-1, dtype=jnp.int32)
 
-        def attend(layer_prefix, queries, keys, values, at):
+        def attend(layer_prefix, queries, keys, values):
             shared_keys, shared_values = layer_prefix
             return shared_prefix_attention(
                 queries,
                 keys,
                 values,
-                mask if at is None else rows_at(mask, at),
+                mask,
                 prefix_keys=shared_keys,
                 prefix_values=shared_values,
-                prefix_mask=follows if at is None or prefix_ids is None else rows_at(follows, at),
-                is_causal=at is None,
+                prefix_mask=follows,
+                is_causal=True,
             )
 
-        per_layer = (prefix.k, prefix.v)
-        return self._run(tokens, start + counts, attend, per_layer, _read_nothing, places)[0]
+        return self._run(tokens, start + counts, attend, (prefix.k, prefix.v), lambda _: ())[0]
+
+    def read_packed(
+        self,
+        prompts: PackedPrompts,
+        windows: tuple[tuple[int, int], ...],
+        base: KeyValues | None = None,
+    ) -> Float[Array, "m d"]:
+        """Hidden states at the ends of a launch's items, each as if it stood alone behind its prefix; for scoring.
+
+        The last layer computes the ends only, so it stands alone. A loop over indices copies no weights, a slice of
+        the stack would.
+
+        Args:
+            windows: of `packed_attention`.
+            base: keys and values of a text that all prefixes begin with, and that the tokens leave out.
+        """
+        rotation = self._rotation(prompts.positions)
+        structure, stacked = nnx.split(self.layers)
+        per_layer = () if base is None else (base.k[:, 0], base.v[:, 0])
+        ends = prompts.ends.places
+
+        def run_layer(index: int | Array, hidden: Array, places: Array | None = None) -> Array:
+            weights, extra = jax.tree.map(
+                lambda leaf: jax.lax.dynamic_index_in_dim(leaf, index, keepdims=False), (stacked, per_layer)
+            )
+            seen = prompts.seen if places is None else prompts.ends
+
+            def attend(queries, keys, values):
+                return packed_attention(queries, keys, values, seen, windows, extra or None)
+
+            return nnx.merge(structure, weights)(hidden, rotation, attend, places)[0]
+
+        last = self.config.num_layers - 1
+        hidden = jax.lax.fori_loop(0, last, run_layer, self.embed_tokens(prompts.tokens))
+        return self.norm(run_layer(last, hidden, ends))
 
     def logits(
-        self, hidden: Float[Array, "*b d"], token_ids: Int[Array, "k"] | None = None
+        self,
+        hidden: Float[Array, "*b d"],
+        token_ids: Int[Array, "k"] | Int[Array, "*b k"] | None = None,
     ) -> Float[Array, "*b k"]:
-        """Output logits in float32, of the whole vocabulary or of `token_ids` alone (their rows only)."""
+        """Output logits in float32: of the whole vocabulary, of `token_ids` alone, or of those of each state."""
         if self.lm_head is None:
-            table, equation = self.embed_tokens.weight[...], "...d,kd->...k"
+            table = self.embed_tokens.weight[...]
             table = table if token_ids is None else table[token_ids]
         else:
-            table, equation = self.lm_head.columns(token_ids), "...d,dk->...k"
-        precision = matmul_precision(hidden.dtype)
-        table = table.astype(hidden.dtype)
-        return jnp.einsum(equation, hidden, table, precision=precision, preferred_element_type=jnp.float32)
+            table = jnp.moveaxis(self.lm_head.columns(token_ids), 0, -1)
+        options = {"precision": matmul_precision(hidden.dtype), "preferred_element_type": jnp.float32}
+        return jnp.einsum("...d,...kd->...k", hidden, table.astype(hidden.dtype), **options)
 
     def _run_causal(
         self, tokens: Array, where: Array, segment_ids: Array | None, read: Callable[[LayerStates], Any]
@@ -315,7 +351,7 @@ class Decoder(nnx.Module):
             self._check_length(tokens.shape[-1])
         mask, positions = causal_within(where, segment_ids)
 
-        def attend(_, queries, keys, values, at):
+        def attend(_, queries, keys, values):
             return dense_attention(queries, keys, values, mask, is_causal=True)
 
         return self._run(tokens, positions, attend, (), read)
@@ -327,14 +363,23 @@ class Decoder(nnx.Module):
         attend: Callable,
         per_layer: tuple,
         read: Callable[[LayerStates], Any],
-        places: Array | None = None,
     ) -> tuple[Array, Any]:
-        """Embeds, scans the layers (`attend` gets its slice of `per_layer` first), applies the final norm.
+        """Embeds, scans the layers (`attend` gets its slice of `per_layer` first), applies the final norm."""
+        rotation = self._rotation(positions)
+        structure, stacked = nnx.split(self.layers)
 
-        With `places` the last layer stands alone and computes them only: for scoring, since nothing is read of the
-        layers, and a backward pass would hold all of them. A loop over indices copies no weights, a slice of the
-        stack would.
-        """
+        def step(hidden, inputs):
+            weights, extra = inputs
+            layer = nnx.merge(structure, weights)
+            hidden, states = layer(hidden, rotation, lambda *heads: attend(extra, *heads))
+            return hidden, read(states)
+
+        saved = jax.checkpoint_policies.dots_with_no_batch_dims_saveable if not self.use_remat else None
+        step = jax.checkpoint(step, prevent_cse=False, policy=saved)
+        hidden, kept = jax.lax.scan(step, self.embed_tokens(tokens), (stacked, per_layer))
+        return self.norm(hidden), kept
+
+    def _rotation(self, positions: Array) -> tuple[Array, Array]:
         config = self.config
         frequencies, amplitude = rope_frequencies(
             config.head_dim, config.rope_theta, config.rope_scaling, config.max_positions
@@ -342,38 +387,7 @@ class Decoder(nnx.Module):
         angles = positions[..., None].astype(jnp.float32) * jnp.expand_dims(
             frequencies, range(positions.ndim)
         )
-        rotation = jnp.cos(angles) * amplitude, jnp.sin(angles) * amplitude
-        structure, stacked = nnx.split(self.layers)
-
-        def run_layer(hidden, inputs, at=None):
-            weights, extra = inputs
-            layer = nnx.merge(structure, weights)
-            return layer(hidden, rotation, lambda *heads: attend(extra, *heads, at), at)
-
-        def step(hidden, inputs):
-            hidden, states = run_layer(hidden, inputs)
-            return hidden, read(states)
-
-        if places is not None:
-
-            def layer_at(index):
-                return jax.tree.map(
-                    lambda leaf: jax.lax.dynamic_index_in_dim(leaf, index, keepdims=False),
-                    (stacked, per_layer),
-                )
-
-            hidden = jax.lax.fori_loop(
-                0,
-                config.num_layers - 1,
-                lambda index, hidden: run_layer(hidden, layer_at(index))[0],
-                self.embed_tokens(tokens),
-            )
-            return self.norm(run_layer(hidden, layer_at(config.num_layers - 1), places)[0]), ()
-
-        saved = jax.checkpoint_policies.dots_with_no_batch_dims_saveable if not self.use_remat else None
-        step = jax.checkpoint(step, prevent_cse=False, policy=saved)
-        hidden, kept = jax.lax.scan(step, self.embed_tokens(tokens), (stacked, per_layer))
-        return self.norm(hidden), kept
+        return jnp.cos(angles) * amplitude, jnp.sin(angles) * amplitude
 
     def _check_length(self, length: int) -> None:
         config = self.config
@@ -384,11 +398,3 @@ class Decoder(nnx.Module):
                 f"{length} positions with dynamic RoPE scaling, whose limit here is max_positions = "
                 f"{config.max_positions}; shorten the input or use a model with yarn or llama3 scaling"
             )
-
-
-def _read_nothing(_: LayerStates) -> tuple:
-    return ()
-
-
-def _read_key_values(states: LayerStates) -> tuple[Array, Array]:
-    return states.keys, states.values

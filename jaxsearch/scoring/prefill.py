@@ -1,248 +1,196 @@
-"""Scores many items that share a prefix, by one forward pass and no decoding.
+"""Scores many items of many requests by one forward pass and no decoding.
 
-The prefix (policy, or system text and query) runs once and leaves its keys and values on the device; every
-item attends to them and to itself, so its score is the one it would have alone. Only the label rows of the
-output matrix are multiplied. Shapes come from `buckets`; each has one program, compiled ahead by `compile()`
-or at its first use.
+A request's prefix (system text and query) stands once in a launch; every item attends to it and to itself, so its
+score is the one it would have alone. What all prefixes begin with (a judge's policy) is computed once for all
+launches. Only the label rows of the output matrix are multiplied. A launch's size makes its program, compiled ahead by
+`compile()` or at its first use.
 
-Not here: prompts (`data.prompts`), turning label logits into a score (`ranker`, `judge`), queues
-(`serve.batcher`).
+Not here: what goes into a launch (`packing`), prompts (`data.prompts`), turning label logits into a score (`ranker`,
+`judge`), queues (`serve.batcher`).
 """
 
-import collections
 import concurrent.futures
-import dataclasses
 import functools
 import threading
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Float, Int
 
-from jaxsearch.buckets import Buckets, ItemBatch, ItemLattice
+from jaxsearch.buckets import Lattice
 from jaxsearch.errors import InputError
+from jaxsearch.nn.packed import PackedPrompts
 from jaxsearch.nn.transformer import Decoder, KeyValues
+from jaxsearch.scoring.packing import MAX_LABELS, Launch, ScoreRequest, Shapes, longest_first, unpack
 from jaxsearch.sharding import on_one_device
 
-MAX_LABELS = 16
-"""Label rows of every program: fewer labels are padded, so any set of label tokens runs without a new
-program."""
-
-
-@dataclasses.dataclass(frozen=True)
-class ScoreRequest:
-    """Items to score after one shared prefix.
-
-    Args:
-      prefix: tokens that all items share, at least one.
-      items: tokens of each item, at least one each, ending right before the label token.
-      label_token_ids: whose logits to return; None means the scorer's own.
-    """
-
-    prefix: tuple[int, ...]
-    items: Sequence[Sequence[int]]
-    label_token_ids: tuple[int, ...] | None = None
-
-
-@dataclasses.dataclass(frozen=True)
-class ScoreBatch:
-    """One launch: rows of one or more requests that share prefix and labels, and the shape that they run in.
-
-    `owners` are (request, item) positions, one for each real row.
-    """
-
-    prefix: tuple[int, ...]
-    label_token_ids: tuple[int, ...]
-    items: tuple[Sequence[int], ...]
-    owners: tuple[tuple[int, int], ...]
-    shape: ItemBatch
-
-    @property
-    def num_tokens(self) -> int:
-        """Item tokens, without padding and without the prefix."""
-        return sum(len(item) for item in self.items)
-
-    @property
-    def padded_tokens(self) -> int:
-        return self.shape.padded_tokens
+CPU_LAUNCHES = 2
+"""Launches that run at once on CPU: attention's small products keep one core busy, the maps of the other launch the
+rest. An accelerator has them queued instead."""
 
 
 class PrefillScorer:
-    """Label logits of items after a shared prefix; one device, one caller at a time.
+    """Label logits of items after a shared prefix, on one device; several threads may run launches.
 
     Args:
       decoder: any `Decoder`; its weights are arguments of the programs, on the first device.
       label_token_ids: at most `MAX_LABELS` token ids.
-      prefix_buckets: padded prefix lengths; each multiplies the number of item programs, so keep them few.
-      item_buckets: padded item lengths.
-      max_batch_tokens: padded item tokens of one launch.
-      prefix_cache_size: prefixes whose keys and values stay on the device.
+      lattice: sizes of launches, and what a prompt may have (its prefix without `base`).
+      base: tokens that every request's prefix begins with; computed once.
+      is_batch_invariant: one shape and one place for all: a score is the same bit for bit whatever runs beside it,
+        for more padding.
     """
 
     def __init__(
         self,
         decoder: Decoder,
         label_token_ids: Sequence[int],
+        lattice: Lattice,
         *,
-        prefix_buckets: Buckets | Iterable[int],
-        item_buckets: Buckets | Iterable[int],
-        max_batch_tokens: int = 2048,
-        prefix_cache_size: int = 8,
+        base: Sequence[int] = (),
+        is_batch_invariant: bool = False,
     ) -> None:
         self._graph, weights = nnx.split(decoder)
         self._weights = on_one_device(weights)
         self._vocab_size = decoder.config.vocab_size
         self.label_token_ids = self._checked_labels(label_token_ids)
-        self.prefix_buckets = _as_buckets(prefix_buckets)
-        self.lattice = ItemLattice(_as_buckets(item_buckets), max_batch_tokens=max_batch_tokens)
-        longest = self.prefix_buckets.largest + self.lattice.lengths.largest
+        self.lattice, self.base = lattice, tuple(base)
+        self.shapes = Shapes(lattice, is_batch_invariant=is_batch_invariant)
+        longest = len(self.base) + lattice.max_prefix_tokens + lattice.max_item_tokens
         if longest > decoder.config.max_positions:
             raise InputError(
                 f"prefix and item may have {longest} tokens together, the model has "
                 f"{decoder.config.max_positions} positions; lower the prompt's token limits"
             )
-        self.max_batch_tokens = max_batch_tokens
-        self._prefixes: collections.OrderedDict[tuple[int, ...], KeyValues] = collections.OrderedDict()
-        self._prefix_cache_size = prefix_cache_size
-        self._programs: dict[tuple[int, ...], Callable[..., Any]] = {}
+        self._base_states: KeyValues | None = None
+        self._programs: dict[int, Callable[..., Any]] = {}
         self._lock = threading.Lock()
         self.num_compilations = 0
-        self.num_prefix_runs = 0
+
+    @property
+    def num_concurrent(self) -> int:
+        """How many launches are best run at once, each from a thread of its own."""
+        return CPU_LAUNCHES if jax.default_backend() == "cpu" else 1
 
     def compile(self) -> int:
         """Compiles every program now, several at a time; returns how many there are."""
-        prefix_keys = [(prefix,) for prefix in self.prefix_buckets.sizes]
-        item_keys = [
-            (prefix, *shape) for prefix in self.prefix_buckets.sizes for shape in self.lattice.shapes
-        ]
-        keys = [*prefix_keys, *item_keys]
+        self._base()
         with concurrent.futures.ThreadPoolExecutor(max_workers=4) as pool:
-            list(pool.map(self._program, keys))
-        return len(keys)
+            list(pool.map(self._program, self.shapes.launches))
+        return self.num_compilations
 
     def use_weights(self, decoder: Decoder) -> None:
         """Scores with this decoder's weights from now on, wherever they are; same shapes: nothing is compiled again."""
         self._weights = on_one_device(nnx.state(decoder))
-        self.forget_prefixes()
+        self._base_states = None
 
-    def forget_prefixes(self) -> None:
-        """Drops the keys and values of earlier prefixes."""
-        self._prefixes.clear()
+    def checked(self, request: ScoreRequest) -> ScoreRequest:
+        """The request as launches take it: its prefix without `base`, its labels stated.
 
-    def plan(self, requests: Sequence[ScoreRequest]) -> list[ScoreBatch]:
-        """Splits requests into launches; items of requests with the same prefix and labels run together.
-
-        Raises: InputError when a prefix or an item is empty or longer than its largest bucket, or a label is
-        not a token of the model.
+        Raises: InputError when its prefix or an item is empty or too long, its prefix does not begin with `base`, or a
+        label is not a token of the model.
         """
-        groups: dict[tuple[tuple[int, ...], tuple[int, ...]], list[tuple[int, int]]] = {}
-        for r, request in enumerate(requests):
-            if not request.prefix:
-                raise InputError("the shared prefix has no tokens; give a query")
-            self.prefix_buckets.bucket_of(len(request.prefix))
-            labels = self.label_token_ids
-            if request.label_token_ids is not None:
-                labels = self._checked_labels(request.label_token_ids)
-            owners = groups.setdefault((tuple(request.prefix), labels), [])
-            owners.extend((r, i) for i in range(len(request.items)))
-        batches = []
-        for (prefix, labels), owners in groups.items():
-            items = [requests[r].items[i] for r, i in owners]
-            for shape in self.lattice.plan([len(item) for item in items]):
-                batches.append(
-                    ScoreBatch(
-                        prefix,
-                        labels,
-                        tuple(items[position] for position in shape.positions),
-                        tuple(owners[position] for position in shape.positions),
-                        shape,
-                    )
+        if not request.prefix:
+            raise InputError("the shared prefix has no tokens; give a query")
+        prefix, base = request.prefix, self.base
+        if prefix[: len(base)] != base:
+            raise InputError(f"the shared prefix does not begin with the scorer's {len(base)} base tokens")
+        prefix = prefix[len(base) :]
+        if len(prefix) > self.lattice.max_prefix_tokens:
+            raise InputError(
+                f"a prefix of {len(prefix)} tokens does not fit: at most {self.lattice.max_prefix_tokens}; "
+                "shorten the query"
+            )
+        for item in request.items:
+            if not len(item):
+                raise InputError("an item without tokens cannot be scored; give it text")
+            if len(item) > self.lattice.max_item_tokens:
+                raise InputError(
+                    f"an item of {len(item)} tokens does not fit: at most {self.lattice.max_item_tokens}; "
+                    "shorten the text"
                 )
-        return batches
+        labels = self.label_token_ids
+        if request.label_token_ids is not None:
+            labels = self._checked_labels(request.label_token_ids)
+        return ScoreRequest(prefix, request.items, labels)
 
-    def start(self, batch: ScoreBatch) -> jax.Array:
-        """Launches one batch without waiting; [count, MAX_LABELS] logits, of which `finish` keeps the real
-        ones."""
-        prefix = self._prefix(batch.prefix)
-        tokens = np.zeros((1, batch.shape.count, batch.shape.length), np.int32)
-        # A row of padding is one token long: nothing reads it, and no softmax runs over an empty set.
-        lengths = np.ones((batch.shape.count,), np.int32)
-        for row, item in enumerate(batch.items):
-            tokens[0, row, : len(item)] = item
-            lengths[row] = len(item)
-        labels = np.zeros((MAX_LABELS,), np.int32)
-        labels[: len(batch.label_token_ids)] = batch.label_token_ids
-        program = self._program((prefix.k.shape[2], batch.shape.count, batch.shape.length))
-        return program(self._weights, tokens, lengths, prefix, labels)
+    def plan(self, requests: Sequence[ScoreRequest]) -> list[Launch]:
+        """Launches for all items, filled in the order given. Raises: InputError as `checked` does."""
+        launches = [Launch(self.shapes)]
+        for owner, request in enumerate([self.checked(request) for request in requests]):
+            waiting = longest_first(request.items)
+            while waiting:
+                if not launches[-1].add(owner, request, waiting):
+                    launches.append(Launch(self.shapes))
+        return [launch for launch in launches if launch.parts]
+
+    def start(self, launch: Launch) -> jax.Array:
+        """Runs a launch, on an accelerator without waiting; `finish` keeps the rows that items asked for."""
+        ints, labels = launch.arrays(base_tokens=len(self.base))
+        return self._program(launch.padded_tokens)(self._weights, ints, labels, self._base())
 
     @staticmethod
-    def finish(batch: ScoreBatch, logits: jax.Array) -> np.ndarray:
-        """Waits for `start`'s result; float32 [real rows, labels]."""
-        return np.asarray(logits)[: len(batch.items), : len(batch.label_token_ids)]
+    def finish(launch: Launch, logits: jax.Array) -> list[np.ndarray]:
+        """Waits for `start`'s result; float32 [items, labels] for each part of the launch."""
+        rows, found, start = np.asarray(logits), [], 0
+        for part in launch.parts:
+            end = start + len(part.items)
+            found.append(rows[start:end, : len(part.label_token_ids)])
+            start = end
+        return found
 
     def score(self, requests: Sequence[ScoreRequest]) -> list[np.ndarray]:
         """Label logits of every item of every request.
 
         Returns: for each request float32 [items, labels], in the order given.
-        Raises: InputError as `plan` does.
-        Accuracy: within 1e-5 of the largest logit from scoring prefix + item alone in float32; measured 6e-7 with
-        SmolLM2-135M, 1.2e-7 in `tests/test_prefill.py`.
+        Raises: InputError as `checked` does.
+        Accuracy: within 1e-5 of the largest logit from scoring prefix + item alone in float32; measured 1.2e-7 of
+        logits near 1 in `tests/test_prefill.py`.
         """
-        batches = self.plan(requests)
-        pending = [(batch, self.start(batch)) for batch in batches]
+        launches = self.plan(requests)
+        if len(launches) > 1 and self.num_concurrent > 1:
+            with concurrent.futures.ThreadPoolExecutor(self.num_concurrent) as pool:
+                pending = list(pool.map(self.start, launches))
+        else:
+            pending = [self.start(launch) for launch in launches]
         results = [
             np.zeros((len(request.items), len(request.label_token_ids or self.label_token_ids)), np.float32)
             for request in requests
         ]
-        for batch, logits in pending:
-            for (r, i), row in zip(batch.owners, self.finish(batch, logits), strict=True):
-                results[r][i] = row
+        for launch, logits in zip(launches, pending, strict=True):
+            for part, rows in zip(launch.parts, self.finish(launch, logits), strict=True):
+                results[part.owner][part.positions] = rows
         return results
 
-    def _prefix(self, tokens: tuple[int, ...]) -> KeyValues:
-        """Keys and values of a prefix, from the device cache or computed; least recently used goes first."""
-        if tokens in self._prefixes:
-            self._prefixes.move_to_end(tokens)
-            return self._prefixes[tokens]
-        length = self.prefix_buckets.bucket_of(len(tokens))
-        padded = np.zeros((1, length), np.int32)
-        padded[0, : len(tokens)] = tokens
-        where = np.arange(length)[None, :] < len(tokens)
-        self._prefixes[tokens] = self._program((length,))(self._weights, padded, where)
-        self.num_prefix_runs += 1
-        if len(self._prefixes) > self._prefix_cache_size:
-            self._prefixes.popitem(last=False)
-        return self._prefixes[tokens]
+    def _base(self) -> KeyValues | None:
+        """Keys and values of `base`, computed at the first use of the weights."""
+        with self._lock:
+            if self.base and self._base_states is None:
+                tokens = np.array([self.base], np.int32)
+                self._base_states = _read_base(self._graph, self._weights, tokens)
+            return self._base_states
 
-    def _program(self, key: tuple[int, ...]) -> Callable[..., Any]:
-        """The compiled program of a prefix bucket (p,) or of an item shape (p, c, t)."""
-        if (program := self._programs.get(key)) is not None:
+    def _program(self, size: int) -> Callable[..., Any]:
+        """The compiled program of a launch's size."""
+        if (program := self._programs.get(size)) is not None:
             return program
-        prefix_args = (
-            jax.ShapeDtypeStruct((1, key[0]), jnp.int32),
-            jax.ShapeDtypeStruct((1, key[0]), jnp.bool_),
+        structure = self.shapes.structure(size)
+        leaves = jax.tree.leaves(structure, is_leaf=lambda node: type(node) is tuple)
+        run = functools.partial(_run, self._graph, structure, self.shapes.windows)
+        lowered = jax.jit(run).lower(
+            self._weights,
+            jax.ShapeDtypeStruct((sum(int(np.prod(shape)) for shape in leaves),), jnp.int32),
+            jax.ShapeDtypeStruct((self.shapes.ends(size), MAX_LABELS), jnp.int32),
+            self._base(),
         )
-        if len(key) == 1:
-            lowered = jax.jit(functools.partial(_run_prefix, self._graph)).lower(self._weights, *prefix_args)
-        else:
-            _, count, length = key
-            prefix = jax.eval_shape(functools.partial(_run_prefix, self._graph), self._weights, *prefix_args)
-            lowered = jax.jit(functools.partial(_run_items, self._graph)).lower(
-                self._weights,
-                jax.ShapeDtypeStruct((1, count, length), jnp.int32),
-                jax.ShapeDtypeStruct((count,), jnp.int32),
-                prefix,
-                jax.ShapeDtypeStruct((MAX_LABELS,), jnp.int32),
-            )
         program = lowered.compile()
         with self._lock:
             self.num_compilations += 1
-            self._programs[key] = program
-        return program
+            return self._programs.setdefault(size, program)
 
     def _checked_labels(self, token_ids: Sequence[int]) -> tuple[int, ...]:
         if not 1 <= len(token_ids) <= MAX_LABELS:
@@ -252,24 +200,20 @@ class PrefillScorer:
         return tuple(token_ids)
 
 
-def _run_prefix(graph: Any, weights: Any, tokens: Int[Array, "1 p"], where: Bool[Array, "1 p"]) -> KeyValues:
-    decoder = nnx.merge(graph, weights)
-    return decoder.prefill(tokens, where)[1]
+@functools.partial(jax.jit, static_argnums=0)
+def _read_base(graph: Any, weights: Any, tokens: Int[Array, "1 s"]) -> KeyValues:
+    return nnx.merge(graph, weights).prefill(tokens, jnp.ones(tokens.shape, bool))[1]
 
 
-def _run_items(
+def _run(
     graph: Any,
+    structure: PackedPrompts,
+    windows: tuple[tuple[int, int], ...],
     weights: Any,
-    tokens: Int[Array, "1 c t"],
-    lengths: Int[Array, "c"],
-    prefix: KeyValues,
-    label_token_ids: Int[Array, "labels"],
-) -> Float[Array, "c labels"]:
+    ints: Int[Array, "ints"],
+    label_token_ids: Int[Array, "m labels"],
+    base: KeyValues | None,
+) -> Float[Array, "m labels"]:
     decoder = nnx.merge(graph, weights)
-    where = jnp.arange(tokens.shape[2])[None, :] < lengths[:, None]
-    last = decoder.attend_prefix(tokens, where[None], prefix, places=(lengths - 1)[None, :, None])
-    return decoder.logits(last[0, :, 0], label_token_ids)
-
-
-def _as_buckets(sizes: Buckets | Iterable[int]) -> Buckets:
-    return sizes if isinstance(sizes, Buckets) else Buckets(sizes)
+    hidden = decoder.read_packed(unpack(ints, structure), windows, base)
+    return decoder.logits(hidden, label_token_ids)

@@ -44,7 +44,7 @@ def scores(bundle_directory) -> np.ndarray:
     """p(yes) of each text for "bread", from the library."""
     bundle = load_bundle(bundle_directory)
     prompt = bundle.ranker.request("bread", TEXTS)
-    logits = bundle.plan.scorer(bundle.ranker).score([ScoreRequest(prompt.prefix, prompt.items)])[0]
+    logits = bundle.scorer().score([ScoreRequest(prompt.prefix, prompt.items)])[0]
     return sigmoid(bundle.ranker.scores(logits))
 
 

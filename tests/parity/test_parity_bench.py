@@ -7,7 +7,7 @@ import pytest
 
 from configs import bench as config
 from jaxsearch.errors import InputError
-from train import bench
+from train import bench, ways
 
 
 def test_all_ways_score_alike_and_say_what_they_compute(tmp_path):
@@ -16,7 +16,7 @@ def test_all_ways_score_alike_and_say_what_they_compute(tmp_path):
     rows = {(row["dtype"], row["way"]): row for row in report["rows"]}
     assert len(rows) == 2 * 6
     for (dtype, name), row in rows.items():
-        assert row["largest_difference"] <= bench.AGREEMENT[dtype]
+        assert row["largest_difference"] <= ways.AGREEMENT[dtype]
         assert 0 < row["share_of_peak"]["median"] < 1.2
         assert (row["speed"]["minimum"] == 1.0) == ((dtype, name) == ("float32", bench.BASE))
     shared, batches = (rows["float32", f"jaxsearch, {way}"] for way in ("shared prefix", "batches"))
@@ -27,6 +27,6 @@ def test_all_ways_score_alike_and_say_what_they_compute(tmp_path):
 def test_other_scores_and_too_few_documents_are_refused(tmp_path, monkeypatch):
     with pytest.raises(InputError, match="need 5000 documents"):
         bench.main(dataclasses.replace(config.quick(), num_items=5000), tmp_path)
-    monkeypatch.setitem(bench.AGREEMENT, "float32", 0.0)
+    monkeypatch.setitem(ways.AGREEMENT, "float32", 0.0)
     with pytest.raises(InputError, match="scores differ"):
         bench.main(dataclasses.replace(config.quick(), dtypes=("float32",)), tmp_path)

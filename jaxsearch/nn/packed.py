@@ -1,0 +1,133 @@
+"""Attention over a launch: the prompts of many requests put end to end in one row of tokens.
+
+A request's prefix stands first and its items behind it; a token attends to what precedes it in its own text and, in an
+item, to all of its request's prefix. Requests start at multiples of `BLOCK_TOKENS`, so that a block of queries has one
+prefix. Each group of blocks reads windows of keys just large enough for it: what is computed follows the lengths that
+there are, and a program depends on the launch's size alone. Who fills launches: `scoring.packing`.
+"""
+
+import math
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from jaxsearch.nn.attention import EMPTY_LSE, attention_with_lse, merge_attention
+from jaxsearch.nn.layers import matmul_precision
+
+BLOCK_TOKENS = 64
+GROUP_BLOCKS = 2
+"""Blocks in one product on CPU, where groups take turns and their scores stay in the cache; elsewhere all at once."""
+
+
+class PackedQueries(NamedTuple):
+    """What each of m queries sees among a launch's n keys; blocks are equal runs of queries, groups of blocks.
+
+    `places` are the queries' own places among the keys. A query sees the keys from its `starts` to its place, and
+    `prefix_lengths` keys from its block's `block_prefixes` on. `block_starts` are the least `starts` of each block,
+    `windows` say for each group which of the window sizes holds what it sees; only `num_groups` groups are computed.
+    """
+
+    places: Int[Array, "m"]
+    starts: Int[Array, "m"]
+    prefix_lengths: Int[Array, "m"]
+    block_starts: Int[Array, "blocks"]
+    block_prefixes: Int[Array, "blocks"]
+    windows: Int[Array, "groups"]
+    num_groups: Int[Array, ""]
+
+
+class PackedPrompts(NamedTuple):
+    """A launch: its tokens with their positions and what they see, and the `ends` whose hidden states are wanted."""
+
+    tokens: Int[Array, "n"]
+    positions: Int[Array, "n"]
+    seen: PackedQueries
+    ends: PackedQueries
+
+
+def group_blocks(num_blocks: int) -> int:
+    """How many blocks one product takes on this backend."""
+    return min(GROUP_BLOCKS, num_blocks) if jax.default_backend() == "cpu" else num_blocks
+
+
+def packed_attention(
+    queries: Float[Array, "m k g h"],
+    keys: Float[Array, "n k h"],
+    values: Float[Array, "n k h"],
+    seen: PackedQueries,
+    windows: tuple[tuple[int, int], ...],
+    base: tuple[Float[Array, "s k h"], Float[Array, "s k h"]] | None = None,
+) -> Float[Array, "m k g h"]:
+    """Attention of every query to what `seen` says, and to all keys of `base`, which every request begins with.
+
+    Args: `windows` are (own, prefix) numbers of keys that a block may read. Queries of groups that are not computed
+        get 0. The result has the queries' dtype; equal to dense attention (fp32: 1e-6).
+    """
+    num_groups, num_blocks = seen.windows.shape[0], seen.block_starts.shape[0]
+    blocks, size = num_blocks // num_groups, queries.shape[0] // num_blocks
+    scaled = queries * (1.0 / math.sqrt(queries.shape[-1]))
+    grouped = scaled.reshape(num_groups, blocks, size, *queries.shape[1:])
+    per_query = [each.reshape(num_groups, blocks, size, 1) for each in seen[:3]]
+    per_block = [each.reshape(num_groups, blocks) for each in seen[3:5]]
+
+    def attend(window: tuple[int, int], group: Array) -> tuple[Array, Array]:
+        places, starts, prefix_lengths = (each[group] for each in per_query)
+        own, own_places = _windows(per_block[0][group], min(window[0], keys.shape[0]), keys, values)
+        shared, shared_places = _windows(per_block[1][group], min(window[1], keys.shape[0]), keys, values)
+        after = shared_places - per_block[1][group][:, None, None]
+        is_shared = (after >= 0) & (after < prefix_lengths)
+        is_own = (own_places >= starts) & (own_places <= places)
+        seen_keys, seen_values = (jnp.concatenate(pair, axis=1) for pair in zip(shared, own, strict=True))
+        mask = jnp.concatenate([is_shared, is_own], axis=-1)  # [blocks size s]
+        bias = jax.lax.optimization_barrier(jnp.where(mask, 0.0, EMPTY_LSE))
+        return _attend(grouped[group], seen_keys, seen_values, bias)
+
+    branches = [lambda group, window=window: attend(window, group) for window in windows]
+
+    def step(group: Array, done: tuple[Array, Array]) -> tuple[Array, Array]:
+        found = jax.lax.switch(seen.windows[group], branches, group)
+        return tuple(  # pyright: ignore[reportReturnType]
+            jax.lax.dynamic_update_index_in_dim(into, part.astype(into.dtype), group, 0)
+            for into, part in zip(done, found, strict=True)
+        )
+
+    kept = queries.dtype if base is None else jnp.float32
+    done = jnp.zeros(grouped.shape, kept), jnp.zeros(grouped.shape[:-1], jnp.float32)
+    attended, lse = jax.lax.fori_loop(0, seen.num_groups, step, done)
+    attended = attended.reshape(queries.shape)
+    if base is None:
+        return attended
+    lse = lse.reshape(queries.shape[:-1])
+    everywhere = jnp.ones((1, base[0].shape[0]), bool)
+    first, first_lse = attention_with_lse(queries, *base, everywhere)
+    return merge_attention(first, first_lse, attended, lse).astype(queries.dtype)
+
+
+def _attend(queries: Array, keys: Array, values: Array, bias: Array) -> tuple[Array, Array]:
+    """Of scaled queries [blocks t k g h], keys and values [blocks s k h]; every query sees at least itself."""
+    accumulate = {"precision": matmul_precision(queries.dtype), "preferred_element_type": jnp.float32}
+    num_blocks, size, heads, groups, width = queries.shape
+    rows = jnp.moveaxis(queries, 1, -2).reshape(num_blocks, heads, groups * size, width)
+    scores = jnp.einsum("bkth,bskh->bkts", rows, keys, **accumulate)
+    scores = scores.reshape(num_blocks, heads, groups, size, -1) + bias[:, None, None]
+    peak = jnp.max(scores, axis=-1, keepdims=True)
+    weights = jnp.exp(scores - peak)
+    total = jnp.sum(weights, axis=-1, keepdims=True)
+    rows = weights.astype(values.dtype).reshape(num_blocks, heads, groups * size, -1)
+    attended = jnp.einsum("bkts,bskh->bkth", rows, values, **accumulate)
+    attended = attended.reshape(num_blocks, heads, groups, size, width) / total
+    return jnp.moveaxis(attended, -2, 1), jnp.moveaxis((peak + jnp.log(total))[..., 0], -1, 1)
+
+
+def _windows(
+    starts: Array, size: int, keys: Array, values: Array
+) -> tuple[tuple[Array, Array], Int[Array, "blocks 1 size"]]:
+    """`size` keys and values from each start on, or the last ones where fewer follow; and their places."""
+    starts = jnp.clip(starts, 0, keys.shape[0] - size)
+
+    def cut(rows: Array) -> Array:
+        return jnp.stack([jax.lax.dynamic_slice_in_dim(rows, start, size) for start in starts])
+
+    return (cut(keys), cut(values)), starts[:, None, None] + jnp.arange(size)[None, None]

@@ -1,0 +1,169 @@
+"""Ways to score a query's documents, from texts to scores, tokenisation included: ours, and torch's on our weights.
+
+Ours build on one another: each item alone, items in batches with their whole prompts, the shared prefix computed once.
+All of ours multiply the label rows of the output matrix only. What is timed with them is `bench`'s and `ladder`'s.
+"""
+
+import dataclasses
+import functools
+import importlib.util
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+from jaxtyping import Float
+
+from jaxsearch.buckets import Lattice
+from jaxsearch.checkpoints import save_model
+from jaxsearch.data.prompts import PromptTokens
+from jaxsearch.errors import InputError
+from jaxsearch.ranker import TextRanker
+from jaxsearch.scoring.prefill import PrefillScorer, ScoreRequest
+
+AGREEMENT = {"float32": 1e-4, "bfloat16": 0.5}
+"""Largest difference between the scores (yes minus no) of one dtype's ways; measured 1.5e-5 and 0.15."""
+BATCHED = 16
+"""Prompts of a padded batch in torch."""
+LIBRARIES = ("torch", "transformers", "sentence-transformers")
+"""What `their_ways` uses; the last may be missing."""
+Key = tuple[str, str]
+"""A dtype and a way's name."""
+
+
+class Request(NamedTuple):
+    """One query with its documents, as texts and as tokens."""
+
+    query: str
+    documents: list[str]
+    prompt: PromptTokens
+
+    def whole_prompts(self) -> list[list[int]]:
+        return [[*self.prompt.prefix, *item] for item in self.prompt.items]
+
+
+class Places(NamedTuple):
+    """Token places of all that is computed for a request: those with a token, and all, padding included."""
+
+    filled: int
+    padded: int
+
+
+@dataclasses.dataclass
+class Way:
+    """One way to score; `places` says what a pass over a request computes, None where it is not known."""
+
+    score: Callable[[Request], Float[np.ndarray, "c"]]
+    places: Callable[[Request], Places] | None = None
+
+
+def our_ways(ranker: TextRanker, *, max_batch_tokens: int = 2048) -> dict[str, Way]:
+    """`one by one`, `batches` and `shared prefix`; a shape is compiled at its first use."""
+    most_shared, most_item = ranker.prompt.max_shared_tokens, ranker.prompt.max_item_tokens
+
+    def scorer(max_prefix_tokens: int, max_item_tokens: int) -> PrefillScorer:
+        lattice = Lattice.for_prompts(
+            max_prefix_tokens=max_prefix_tokens,
+            max_item_tokens=max_item_tokens,
+            max_batch_tokens=max_batch_tokens,
+        )
+        return PrefillScorer(ranker.decoder, ranker.label_ids, lattice)
+
+    def way(scorer: PrefillScorer, arrange: Callable[[PromptTokens], list[ScoreRequest]]) -> Way:
+        def score(request: Request) -> np.ndarray:
+            prompt = ranker.request(request.query, request.documents)
+            scored = [scorer.score([part])[0] for part in arrange(prompt)]
+            return np.concatenate([ranker.scores(logits) for logits in scored])
+
+        def places(request: Request) -> Places:
+            launches = [launch for part in arrange(request.prompt) for launch in scorer.plan([part])]
+            filled = sum(part.num_tokens for launch in launches for part in launch.parts)
+            return Places(filled, sum(launch.padded_tokens for launch in launches))
+
+        return Way(score, places)
+
+    def whole(prompt: PromptTokens) -> list[ScoreRequest]:
+        """Nothing shared but the first token."""
+        first, *rest = prompt.prefix
+        return [ScoreRequest((first,), [[*rest, *item] for item in prompt.items])]
+
+    def alone(prompt: PromptTokens) -> list[ScoreRequest]:
+        return [ScoreRequest(prompt.prefix, [item]) for item in prompt.items]
+
+    shared = scorer(most_shared, most_item)
+    return {
+        "one by one": way(shared, alone),
+        "batches": way(scorer(1, most_shared + most_item), whole),
+        "shared prefix": way(shared, lambda prompt: [ScoreRequest(prompt.prefix, prompt.items)]),
+    }
+
+
+def missing_libraries() -> list[str]:
+    return [name for name in LIBRARIES if not importlib.util.find_spec(name.replace("-", "_"))]
+
+
+def their_ways(ranker: TextRanker, folder: Path, dtype: str) -> dict[str, Way]:
+    """Torch with the same weights, which are written to `folder`; needs torch and transformers.
+
+    Decoders get our tokens; the cross-encoder, left out where sentence-transformers is not installed, gets texts that
+    it tokenises to them.
+    """
+    from train.torch_scorers import CrossEncoderScorer, DecoderScorer
+
+    save_model(folder, ranker.decoder, ranker.tokenizer, {"kind": "decoder"})
+
+    def plain(batch_size: int) -> Way:
+        scorer = DecoderScorer(folder, ranker.label_ids, dtype=dtype, batch_size=batch_size)
+
+        def score(request: Request) -> np.ndarray:
+            prompt = ranker.request(request.query, request.documents)
+            return scorer(request._replace(prompt=prompt).whole_prompts())
+
+        def places(request: Request) -> Places:
+            prompts = request.whole_prompts()
+            return Places(sum(map(len, prompts)), padded_tokens(prompts, batch_size))
+
+        return Way(score, places)
+
+    ways = {"transformers, one by one": plain(1), "transformers, batches": plain(BATCHED)}
+    if "sentence-transformers" in missing_libraries():
+        return ways
+    decode = ranker.tokenizer.decode
+    limit = ranker.prompt.max_shared_tokens + ranker.prompt.max_item_tokens
+    encoder = CrossEncoderScorer(folder, ranker.label_ids, dtype=dtype, batch_size=BATCHED, max_tokens=limit)
+
+    @functools.cache
+    def pairs(query: str, documents: tuple[str, ...]) -> list[tuple[str, str]]:
+        """Made at the first call, which is not timed."""
+        prompt = ranker.request(query, documents)
+        return [(decode(prompt.prefix), decode(item)) for item in prompt.items]
+
+    return ways | {
+        "sentence-transformers": Way(lambda request: encoder(pairs(request.query, tuple(request.documents))))
+    }
+
+
+def padded_tokens(prompts: Sequence[Sequence[int]], batch_size: int) -> int:
+    """Of batches of prompts sorted by length.
+
+    Example:
+        >>> padded_tokens([[1], [1, 2], [1, 2, 3]], 2)
+        7
+    """
+    sizes = sorted(map(len, prompts), reverse=True)
+    parts = [sizes[start : start + batch_size] for start in range(0, len(sizes), batch_size)]
+    return sum(part[0] * len(part) for part in parts)
+
+
+def check_agreement(scores: Mapping[Key, Float[np.ndarray, "m"]], reference: str) -> dict[Key, float]:
+    """Each way's largest difference from the way named `reference` in its dtype.
+
+    Raises: InputError when scores differ: then not the same is timed.
+    """
+    differences = {
+        (dtype, name): float(np.abs(found - scores[dtype, reference]).max())
+        for (dtype, name), found in scores.items()
+    }
+    if wrong := {key: value for key, value in differences.items() if not value <= AGREEMENT[key[0]]}:
+        raise InputError(f"scores differ, so not the same is timed: {wrong}")
+    return differences
