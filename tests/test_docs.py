@@ -36,7 +36,11 @@ TINY = {
     "train.index": [],
 }
 """What stands in for the real models, and for batches that twelve documents are too few for."""
-ELSEWHERE = {"train.fetch": "tests/test_assets.py", "train.gpu_suite": "tests/test_gpu_suite.py"}
+ELSEWHERE = {
+    "train.fetch": "tests/test_assets.py",
+    "train.gpu_suite": "tests/test_gpu_suite.py",
+    "serve.loadtest": "tests/test_loadtest.py",
+}
 """Commands that need no collection and have their own tests."""
 
 

@@ -47,10 +47,11 @@ OWNERS = {
     "fastapi": ("serve",),
     "gguf": ("jaxsearch.nn.gguf",),
     "grain": ("jaxsearch.data.batches",),
+    "httpx": ("serve",),
     "huggingface_hub": ("jaxsearch.data.assets",),
     "ir_measures": ("jaxsearch.metrics",),
     "lmdb": (),
-    "matplotlib": ("train.plots",),
+    "matplotlib": ("train.plots", "serve.load_report"),
     "jinja2": ("train.report_html",),
     "orjson": ("serve",),
     "prometheus_client": ("serve",),
@@ -69,7 +70,7 @@ OWNERS = {
     "sentence_transformers": ("train.torch_scorers",),
     "uvicorn": ("serve",),
 }
-WITHOUT_JAX = ("serve.batcher", "jaxsearch.metrics")
+WITHOUT_JAX = ("serve.batcher", "jaxsearch.metrics", "jaxsearch.scoring.load")
 
 
 def name_of(path: Path) -> str:
