@@ -166,6 +166,44 @@ def validate(
     return typed, [f"unknown field {name!r} was ignored" for name in unknown]
 
 
+class ErrorReply(pydantic.BaseModel):
+    """What rerank, score and search say of an error; Cohere's, Jina's, Voyage's and SGLang's clients read it."""
+
+    message: str
+    detail: str
+    """The same."""
+    object: Literal["error"]
+    type: Literal["invalid_request_error", "overloaded_error", "server_error"]
+    code: str
+    param: str | None
+    """The field that is wrong."""
+    id: str
+    """Of the request; the server's log has it too."""
+
+
+class OpenaiError(pydantic.BaseModel):
+    message: str
+    type: Literal["invalid_request_error", "overloaded_error", "server_error"]
+    param: str | None
+    code: str
+
+
+class OpenaiErrorReply(pydantic.BaseModel):
+    """What the embeddings paths say of an error."""
+
+    error: OpenaiError
+
+
+class TeiErrorReply(pydantic.BaseModel):
+    """What TEI's paths and bodies are told of an error."""
+
+    error: str
+    error_type: Literal["Backend", "Empty", "Overloaded", "Validation"]
+
+
+ERROR_REPLIES = {"rerank": ErrorReply, "openai": OpenaiErrorReply, "tei": TeiErrorReply}
+
+
 def error_dialect(path: str, body: Mapping[str, Any]) -> str:
     """Whose errors the client reads: "openai" for embeddings, "tei" for its path and bodies, else "rerank".
 

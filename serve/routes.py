@@ -17,8 +17,10 @@ from typing import Any
 import pydantic.json_schema
 from fastapi import FastAPI, Request, Response
 from fastapi.openapi.utils import get_openapi
+from fastapi.responses import PlainTextResponse
 from fastapi_offline import FastAPIOffline
 from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
 
 from jaxsearch.errors import InputError
 from serve.batcher import DeadlineExceeded, QueueFull, Stopped
@@ -35,6 +37,7 @@ from serve.engine import Engine
 from serve.handlers import Call, ClientLeft, Limits, Reply, Service
 from serve.pages import add_pages
 from serve.protocol import (
+    ERROR_REPLIES,
     PairsBody,
     RequestError,
     ScoreBody,
@@ -49,6 +52,8 @@ from serve.protocol import (
 LARGE_BODY_BYTES = 256 * 1024
 """Bodies above this are parsed in a thread."""
 STARTING_SECONDS = 5
+STOPPING = "the server is shutting down"
+MAX_REQUEST_ID = 128
 RERANK_BODIES = (RerankBody, VoyageRerankBody, MixedbreadRerankBody, TeiRerankBody)
 SCHEMA_PLACE = "#/components/schemas/{model}"
 
@@ -61,8 +66,8 @@ async def _answer(
     """Runs a handler and turns whatever it raises into the path's error body."""
     begun = time.perf_counter()
     path = request.url.path
-    request_id = request.headers.get("x-request-id") or uuid.uuid4().hex
-    headers = {"x-request-id": request_id[:128], "x-model-revision": service.engine.bundle.revision}
+    request_id = request.headers.get("x-request-id", "")[:MAX_REQUEST_ID].strip() or uuid.uuid4().hex
+    headers = {"x-request-id": request_id, "x-model-revision": service.engine.bundle.revision}
     body: dict[str, Any] = {}
     try:
         _check_ready(service.engine)
@@ -80,7 +85,7 @@ async def _answer(
         if isinstance(reply, dict):  # some clients expect a bare list
             reply = {"timings_ms": timings, **reply, "warnings": call.warnings}
         status, content = 200, to_json(reply)
-    except ClientLeft:
+    except (ClientLeft, ClientDisconnect):
         status, content = 499, b""
     except Exception as error:  # every failure is told in the dialect of the path, and the server lives on
         refusal = _as_request_error(error, request_id)
@@ -92,6 +97,8 @@ async def _answer(
         if refusal.retry_after_seconds is not None:
             headers["retry-after"] = str(math.ceil(refusal.retry_after_seconds))
             headers["retry-after-ms"] = str(math.ceil(1000 * refusal.retry_after_seconds))
+    if service.engine.state == "stopping":
+        headers["connection"] = "close"
     service.engine.telemetry.requests.labels(path, str(status)).inc()
     service.engine.telemetry.request_seconds.labels(path).observe(time.perf_counter() - begun)
     return Response(content, status, headers, media_type="application/json")
@@ -118,6 +125,8 @@ def _as_request_error(error: Exception, request_id: str) -> RequestError:
 def _check_ready(engine: Engine) -> None:
     if engine.state == "failed":
         raise RequestError(503, f"not ready: {engine.failure}", code="not_ready", retry_after_seconds=60)
+    if engine.state == "stopping":
+        raise RequestError(503, STOPPING, code="stopping", retry_after_seconds=STARTING_SECONDS)
     if engine.state != "ready":
         raise RequestError(
             503, f"not ready: {engine.state}", code="not_ready", retry_after_seconds=STARTING_SECONDS
@@ -150,8 +159,10 @@ def create_app(
     def prepare() -> None:
         try:
             engine.prepare()
+        except InputError:
+            pass  # `engine.failure` has it for whoever asks
         except Exception as error:
-            log.error("not ready: %s", error, exc_info=not isinstance(error, InputError))
+            log.error("not ready: %s", error, exc_info=True)
         if on_prepared is not None:
             on_prepared()
 
@@ -185,14 +196,15 @@ def create_app(
             _add_post(app, service, path, handler, bodies)
     _add_gets(app, service)
     add_pages(app)
-    _describe(app, [body for _, _, bodies in posts for body in bodies])
+    _describe(app, [*(body for _, _, bodies in posts for body in bodies), *ERROR_REPLIES.values()])
 
     @app.exception_handler(HTTPException)
     async def refuse(request: Request, error: HTTPException) -> Response:
         message = f"{request.method} {request.url.path}: {error.detail}"
         code = "method_not_allowed" if error.status_code == 405 else "not_found"
         refusal = RequestError(error.status_code, message, code=code)
-        content = to_json(error_body(refusal, dialect="rerank", request_id=uuid.uuid4().hex))
+        dialect = error_dialect(request.url.path, {})
+        content = to_json(error_body(refusal, dialect=dialect, request_id=uuid.uuid4().hex))
         return Response(content, error.status_code, error.headers, media_type="application/json")
 
     return app
@@ -208,24 +220,34 @@ def _add_post(
     async def endpoint(request: Request) -> Response:
         return await _answer(service, request, handler)
 
-    schemas = [{"$ref": SCHEMA_PLACE.format(model=body.__name__)} for body in bodies]
-    content = {"application/json": {"schema": schemas[0] if len(schemas) == 1 else {"anyOf": schemas}}}
+    dialects = dict.fromkeys(error_dialect(path, dict.fromkeys(body.model_fields)) for body in bodies)
+    refused = _json_content([ERROR_REPLIES[dialect] for dialect in dialects])
     app.add_api_route(
         path,
         endpoint,
         methods=["POST"],
         response_model=None,
+        responses={
+            "4XX": {"description": "Refused: the message says what to change", "content": refused},
+            "5XX": {"description": "Not ready, too late, or a failure of the server", "content": refused},
+        },
         summary=path.rpartition("/")[2].capitalize(),
         description=" ".join((bodies[0].__doc__ or "").split()),
-        openapi_extra={"requestBody": {"required": True, "content": content}},
+        openapi_extra={"requestBody": {"required": True, "content": _json_content(bodies)}},
     )
 
 
-def _describe(app: FastAPI, bodies: Sequence[type[pydantic.BaseModel]]) -> None:
-    """Puts the bodies' schemas, which are checked by hand and not by FastAPI, into `/openapi.json`."""
+def _json_content(models: Sequence[type[pydantic.BaseModel]]) -> dict[str, Any]:
+    """JSON of one of these, for `/openapi.json`."""
+    schemas = [{"$ref": SCHEMA_PLACE.format(model=model.__name__)} for model in models]
+    return {"application/json": {"schema": schemas[0] if len(schemas) == 1 else {"anyOf": schemas}}}
+
+
+def _describe(app: FastAPI, models: Sequence[type[pydantic.BaseModel]]) -> None:
+    """Puts the schemas of bodies and errors, which are checked by hand and not by FastAPI, into `/openapi.json`."""
     mode: pydantic.json_schema.JsonSchemaMode = "validation"
     _, found = pydantic.json_schema.models_json_schema(
-        [(body, mode) for body in bodies], ref_template=SCHEMA_PLACE
+        [(model, mode) for model in models], ref_template=SCHEMA_PLACE
     )
 
     def openapi() -> dict[str, Any]:
@@ -246,7 +268,7 @@ def _add_gets(app: FastAPI, service: Service) -> None:
     async def health() -> Response:
         return reply({"status": "alive", "state": engine.state})
 
-    @app.get("/ready")
+    @app.get("/ready", responses={503: {"description": "Not ready; the message says why"}})
     async def ready() -> Response:
         try:
             _check_ready(engine)
@@ -266,7 +288,7 @@ def _add_gets(app: FastAPI, service: Service) -> None:
     async def models() -> Response:
         return reply(service.models())
 
-    @app.get("/metrics")
+    @app.get("/metrics", response_class=PlainTextResponse)
     async def metrics() -> Response:
         engine.telemetry.queue_tokens.set(engine.batcher.queue_tokens)
         return Response(engine.telemetry.exposition(), media_type="text/plain; version=0.0.4; charset=utf-8")

@@ -1,15 +1,37 @@
-"""The server as a process of its own, for tests that talk to it over loopback."""
+"""The server over loopback: as a process of its own, or in a thread for tests that reach into its engine."""
 
 import contextlib
 import os
 import re
+import socket
 import subprocess
 import sys
+import threading
 import time
 
 import httpx
+import uvicorn
+
+from serve.routes import create_app
 
 READY_SECONDS = 180
+
+
+@contextlib.contextmanager
+def serving(engine, limits=None):
+    """The application in a thread of this process, ready; yields a client."""
+    listener = socket.create_server(("127.0.0.1", 0))
+    server = uvicorn.Server(uvicorn.Config(create_app(engine, limits), log_level="warning", ws="none"))
+    thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
+    thread.start()
+    try:
+        host, port = listener.getsockname()
+        with httpx.Client(base_url=f"http://{host}:{port}", timeout=60) as client:
+            wait_until_ready(client)
+            yield client
+    finally:
+        server.should_exit = True
+        thread.join()
 
 
 @contextlib.contextmanager
