@@ -20,7 +20,7 @@ RUN := $(VENV)/bin/python
 READY := $(VENV)/.ready
 PARITY_READY := $(PARITY_VENV)/.ready
 
-.PHONY: help install demo serve reference test check parity throughput bench format clean
+.PHONY: help install demo serve reference test check parity throughput bench ladder format clean
 .DELETE_ON_ERROR:
 
 help:  ## this list
@@ -55,6 +55,9 @@ throughput: $(PARITY_READY)  ## training steps beside torch's; the table is docs
 
 bench: $(PARITY_READY)  ## scoring beside torch's; the table is docs/results/bench
 	$(PARITY_VENV)/bin/python -m train.bench --config configs/bench.py --workdir work/bench $(QUICK_FLAG)
+
+ladder: $(PARITY_READY)  ## the demo's ranker run in every way, quality and speed of each
+	$(PARITY_VENV)/bin/python -m train.ladder --config configs/ladder.py --workdir work/ladder $(QUICK_FLAG)
 
 format: $(READY)  ## applies what `make check` asks of the form
 	$(RUN) -m ruff format .

@@ -127,3 +127,94 @@ def plot_tradeoff(path: str | Path, rows: Sequence[Mapping[str, Any]]) -> None:
     axis.set_title("Pruned rankers; filled: healed", loc="left", fontweight="bold")
     axis.spines[["top", "right"]].set_visible(False)
     figure.savefig(path, dpi=160, facecolor="white")
+
+
+KIND_COLORS = {"torch": "0.45", "ours": "#3b6ea5", "pruned": "#0b6e4f", "neighbour": "#b36a1d"}
+WIDE = 20
+"""Rates that differ by more than this are drawn on a logarithmic axis."""
+
+
+def plot_ladder(path: str | Path, report: Mapping[str, Any], *, reference: str) -> None:
+    """A row per rung: items a second back to back (light) and at the SLO (full) as bars, beside them NDCG@10."""
+    from matplotlib.figure import Figure
+
+    rows = report["rows"]
+    figure = Figure(figsize=(11, 0.62 * len(rows) + 2.0), layout="constrained")
+    speeds, quality = figure.subplots(1, 2, sharey=True, width_ratios=(3, 2))
+    for place, row in enumerate(rows):
+        _draw_rates(speeds, row, place)
+        value, low, high = row["ndcg@10"]
+        color = KIND_COLORS[row["kind"]]
+        quality.plot(
+            [low, high], [place, place], color=color, linewidth=2.2, alpha=0.5, solid_capstyle="round"
+        )
+        quality.plot(value, place, "o", color=color, markersize=7)
+        kept = f" · {row['retained']:.0%}" if "retained" in row and row["name"] != reference else ""
+        quality.annotate(
+            f"{short(value)}{kept}", (value, place), (0, 6), textcoords="offset points", ha="center",
+            va="bottom", fontsize=8, color=color, bbox={"facecolor": "white", "edgecolor": "none", "pad": 0.6},
+        )  # fmt: skip
+    _scale_rates(speeds, rows)
+    middle = next(row["ndcg@10"][0] for row in rows if row["name"] == reference)
+    quality.axvline(middle, color="0.6", linewidth=0.9, linestyle=(0, (4, 3)), zorder=0)
+    speeds.set_yticks(range(len(rows)), [row["name"] for row in rows])
+    speeds.set_ylim(len(rows) - 0.45, -0.65)
+    speeds.set_xlabel("items a second; light: back to back, full: at the SLO", color="0.35", fontsize=9)
+    quality.set_xlabel("NDCG@10, 95 % interval over queries", color="0.35", fontsize=9)
+    for axis in (speeds, quality):
+        axis.grid(axis="x", color="0.92", linewidth=0.8)
+        axis.set_axisbelow(True)
+        axis.tick_params(length=0, labelsize=9)
+        axis.spines[["top", "right", "left"]].set_visible(False)
+        axis.spines["bottom"].set_color("0.8")
+    figure.suptitle("One ranker, every way to run it", x=0.01, ha="left", fontsize=14, fontweight="bold")
+    footer = (
+        f"{report['device']}, {report['cores']} cores, {report['dtype']}; {report['depth']} documents a request; SLO: "
+        f"p99 ≤ {report['slo_ms']:.0f} ms. Back to back: median of {report['repeats']} passes, their range as a line. "
+        "At the SLO: simulated from measured times, then tried for real; * marks a rate that did not hold. "
+        f"Dashed, and what the percentages are of: {reference}."
+    )
+    wrapped = "\n".join(textwrap.wrap(footer, 150))
+    figure.text(0.01, -0.01, wrapped, ha="left", va="top", fontsize=7.5, color="0.4", linespacing=1.4)
+    figure.savefig(path, dpi=160, bbox_inches="tight", facecolor="white", pad_inches=0.15)
+
+
+def _draw_rates(axis: Any, row: Mapping[str, Any], place: int) -> None:
+    color, free = KIND_COLORS[row["kind"]], row["items_per_second"]
+    held = row["simulated"]["items_per_second"]
+    axis.barh(place - 0.2, free["median"], height=0.36, color="white")  # no grid shines through
+    axis.barh(place - 0.2, free["median"], height=0.36, color=color, alpha=0.35)
+    axis.plot([free["minimum"], free["maximum"]], [place - 0.2] * 2, color=color, linewidth=1.4)
+    axis.barh(place + 0.2, held, height=0.36, color=color)
+    mark = "" if row["holds"] else " *"
+    for offset, end, text in (
+        (-0.2, max(free["median"], free["maximum"]), _rate(free["median"])),
+        (0.2, held, _rate(held) + mark),
+    ):
+        axis.annotate(
+            text,
+            (end, place + offset),
+            (4, 0),
+            textcoords="offset points",
+            va="center",
+            fontsize=8,
+            color=color,
+        )
+
+
+def _scale_rates(axis: Any, rows: Sequence[Mapping[str, Any]]) -> None:
+    rates = [row["items_per_second"]["median"] for row in rows]
+    rates += [
+        row["simulated"]["items_per_second"] for row in rows if row["simulated"]["items_per_second"] > 0
+    ]
+    low, high = min(rates), max(rates)
+    if high > WIDE * low:
+        axis.set_xscale("log")
+        axis.xaxis.set_major_formatter(lambda value, _: f"{value:,.3g}" if value < 1000 else f"{value:,.0f}")
+        axis.set_xlim(low / 3, high * 3)
+    else:
+        axis.set_xlim(0, high * 1.15)
+
+
+def _rate(value: float) -> str:
+    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"

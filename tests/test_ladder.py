@@ -1,0 +1,110 @@
+"""Every rung of ours on tiny models, what the ladder refuses; torch's rungs: `tests/parity/test_parity_ladder.py`."""
+
+import dataclasses
+import json
+
+import numpy as np
+import pytest
+
+from jaxsearch.errors import InputError
+from jaxsearch.nn.pruning import keep_layers
+from jaxsearch.ranker import load_ranker, new_ranker, save_ranker
+from tests.tiny_bundle import write_parts
+from tests.tiny_collection import write_collection
+from train import ladder, ways
+
+OURS = ["one by one", "batches", "shared prefix"]
+OTHERS = ["pruned: cut", "shared prefix, short view", "encoder alone"]
+
+
+@pytest.fixture(scope="module")
+def config(tmp_path_factory):
+    root = tmp_path_factory.mktemp("ladder")
+    parts = write_parts(root)
+    tiny = load_ranker(parts["ranker"])
+    whole = new_ranker(tiny.decoder, tiny.prompt, view="full")
+    save_ranker(root / "whole" / "model", whole, trained={})
+    cut = new_ranker(keep_layers(tiny.decoder, (0,)), tiny.prompt, view="full")
+    save_ranker(root / "cut" / "model", cut, trained={})
+    return ladder.LadderConfig(
+        ranker=str(root / "whole" / "model"),
+        retriever=str(parts["encoder"]),
+        encoder=str(parts["encoder"]),
+        pruned=(str(root / "cut" / "model"),),
+        short_view="short",
+        collection=str(write_collection(root / "data")),
+        vertical=str(parts["vertical"]),
+        dtype="float32",
+        num_queries=3,
+        depth=4,
+        timed_queries=2,
+        window_seconds=0.2,
+    )
+
+
+@pytest.fixture(autouse=True)
+def no_torch(monkeypatch):
+    """As where nothing but the core is installed; the tiny tokenizer is none that sentence-transformers takes."""
+    monkeypatch.setattr(ladder, "missing_libraries", lambda: list(ways.LIBRARIES))
+
+
+def test_every_rung_is_measured(config, tmp_path):
+    ladder.main(config, tmp_path)
+    report = json.loads((tmp_path / "report.json").read_text())
+    rows = {row["name"]: row for row in report["rows"]}
+    assert list(rows) == [*OURS, *OTHERS]
+    assert "torch" in report["left_out"]
+    same = [row for row in rows.values() if "largest_difference" in row]
+    assert [row["name"] for row in same] == OURS
+    for row in same:
+        assert row["largest_difference"] <= ways.AGREEMENT["float32"]
+        assert row["ndcg@10"] == rows["one by one"]["ndcg@10"]
+        assert row["retained"] == 1
+    assert rows["shared prefix"]["computed_tokens"] < rows["batches"]["computed_tokens"]
+    assert rows["shared prefix"]["computed_tokens"] < rows["one by one"]["computed_tokens"]
+    assert all(0 <= row["padding"] < 1 for row in rows.values() if "padding" in row)
+    assert "padding" not in rows["encoder alone"]
+    slowest = max(row["alone_ms"]["p50"] for row in rows.values())
+    assert report["slo_ms"] == pytest.approx(config.slo_factor * slowest)
+    for row in rows.values():
+        free, held = row["items_per_second"], row["simulated"]
+        assert free["minimum"] <= free["median"] <= free["maximum"]
+        assert held["items_per_second"] == pytest.approx(report["depth"] * held["requests_per_second"])
+        assert 0 <= held["load"] <= ladder.MOST_LOAD + 1e-9
+        if held["requests_per_second"]:
+            assert row["measured"]["num_errors"] == 0
+            assert row["holds"] == (row["measured"]["p99_ms"] <= report["slo_ms"])
+    text = (tmp_path / "report.md").read_text()
+    assert all(text.count(f"| {name} |") == 2 for name in rows)
+    assert (tmp_path / "report.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_rate_is_the_one_that_a_queue_of_equal_requests_allows():
+    """M/D/1: P(wait <= 2 services) = (1 - load) (e^(2 load) - load e^load), which is 0.99 at a load of 0.32."""
+    load = 0.1 * ladder.simulated_rate([0.1] * 5, 0.3 + 1e-9, seed=0)
+    assert load == pytest.approx(0.32, abs=0.02)  # measured 0.317
+    assert 0.1 * ladder.simulated_rate([0.1] * 5, 100.0, seed=0) == pytest.approx(ladder.MOST_LOAD)
+    assert ladder.simulated_rate([0.1] * 5, 0.05, seed=0) == 0
+
+
+def test_different_scores_are_refused(config, tmp_path, monkeypatch):
+    monkeypatch.setitem(ways.AGREEMENT, "float32", -1.0)
+    with pytest.raises(InputError, match="scores differ"):
+        ladder.main(dataclasses.replace(config, pruned=(), short_view="", encoder=""), tmp_path)
+    same = {("float32", "a"): np.zeros(2), ("float32", "b"): np.array([0.0, np.nan])}
+    with pytest.raises(InputError, match="scores differ"):
+        ways.check_agreement(same, "a")
+
+
+@pytest.mark.parametrize(
+    ("changes", "told"),
+    [
+        ({"ranker": "nowhere"}, "no such model folder"),
+        ({"short_view": "full"}, "reads 'full' anyway"),
+        ({"short_view": "none"}, "has no view 'none'"),
+        ({"pruned": ("a/model", "b/a")}, "names of their own"),
+    ],
+)
+def test_a_wrong_config_is_one_sentence(config, tmp_path, changes, told):
+    with pytest.raises(InputError, match=told):
+        ladder.main(dataclasses.replace(config, **changes), tmp_path)

@@ -1,0 +1,110 @@
+"""The rungs of the scoring ladder: each a way to score a request, with the requests as that way reads them.
+
+Rungs are plain lists from small functions; `train.ladder` puts them in order and measures them.
+"""
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+
+from jaxsearch.data.records import Collection, Query, Run
+from jaxsearch.data.verticals import Vertical
+from jaxsearch.encoder import TextEncoder
+from jaxsearch.metrics import PerQuery, rank_metrics
+from jaxsearch.ranker import TextRanker, load_ranker
+from train.evaluate import qrels_of
+from train.inputs import check_view, load_retriever
+from train.ways import Request, Way, our_ways, their_ways
+
+
+@dataclasses.dataclass(frozen=True)
+class Rung:
+    """A way to score, and its requests in the order of the queries.
+
+    `kind` is for the picture; `is_same` says that it computes what the whole ranker computes on its full text.
+    """
+
+    name: str
+    kind: Literal["torch", "ours", "pruned", "neighbour"]
+    way: Way
+    requests: Sequence[Request]
+    is_same: bool = False
+
+
+@dataclasses.dataclass(frozen=True)
+class Stage:
+    """What all rungs score: queries and the documents found for them."""
+
+    collection: Collection
+    vertical: Vertical
+    queries: Sequence[Query]
+    candidates: Run
+
+    def requests(self, ranker: TextRanker, view: str) -> list[Request]:
+        made = []
+        for query in self.queries:
+            keys = self.candidates[query.id]
+            texts = [self.vertical.document_text(self.collection.documents[key], view) for key in keys]
+            made.append(Request(query.text, texts, ranker.request(query.text, texts)))
+        return made
+
+    def ndcg(self, scores: Sequence[np.ndarray]) -> PerQuery:
+        """NDCG@10 of each query, by the grades of all documents."""
+        ranked: Run = {}
+        for query, values in zip(self.queries, scores, strict=True):
+            ranked[query.id] = dict(zip(self.candidates[query.id], map(float, values), strict=True))
+        qrels, threshold = qrels_of(self.collection, self.queries), self.vertical.relevant_threshold
+        return rank_metrics(qrels, ranked, threshold=threshold, metrics=("ndcg@10",))["ndcg@10"]
+
+
+def torch_rungs(stage: Stage, ranker: TextRanker, folder: Path, dtype: str) -> list[Rung]:
+    """Its weights are written to `folder`, which is not needed afterwards."""
+    requests, ways = stage.requests(ranker, ranker.view), their_ways(ranker, folder, dtype)
+    return [Rung(name, "torch", way, requests, is_same=True) for name, way in ways.items()]
+
+
+def our_rungs(stage: Stage, ranker: TextRanker) -> list[Rung]:
+    """`shared prefix` is the last one."""
+    requests, ways = stage.requests(ranker, ranker.view), our_ways(ranker)
+    return [Rung(name, "ours", way, requests, is_same=True) for name, way in ways.items()]
+
+
+def pruned_rungs(stage: Stage, folders: Mapping[str, str], dtype: str) -> list[Rung]:
+    rungs = []
+    for name, folder in folders.items():
+        ranker = load_ranker(folder, dtype=dtype)
+        check_view(stage.collection, stage.vertical, ranker.view, field="pruned")
+        way = our_ways(ranker)["shared prefix"]
+        rungs.append(Rung(f"pruned: {name}", "pruned", way, stage.requests(ranker, ranker.view)))
+    return rungs
+
+
+def short_view_rungs(stage: Stage, ranker: TextRanker, view: str, way: Way) -> list[Rung]:
+    """The whole ranker on less text, where a view is named."""
+    if not view:
+        return []
+    return [Rung("shared prefix, short view", "neighbour", way, stage.requests(ranker, view))]
+
+
+def encoder_rungs(stage: Stage, ranker: TextRanker, folder: str, view: str) -> list[Rung]:
+    """No ranker at all, where an encoder is named."""
+    if not folder:
+        return []
+    requests = stage.requests(ranker, view)
+    return [Rung("encoder alone", "neighbour", encoder_way(load_retriever(folder), requests), requests)]
+
+
+def encoder_way(encoder: TextEncoder, requests: Sequence[Request]) -> Way:
+    """Cosine of the query's embedding, made when it is asked for, with documents' that are made here."""
+    texts = list(dict.fromkeys(text for request in requests for text in request.documents))
+    embeds = encoder.embed_documents(texts)
+    place = {text: row for row, text in enumerate(texts)}
+
+    def score(request: Request) -> np.ndarray:
+        query = encoder.embed_queries([request.query])[0]
+        return embeds[[place[text] for text in request.documents]] @ query
+
+    return Way(score)
