@@ -71,7 +71,7 @@ class LadderConfig:
     """A rung for each of these folders of rankers that are smaller (`train.prune`, or healed after it)."""
     short_view: str = ""
     """The rung `shared prefix, short view`: a view that is shorter than the ranker's own; empty: no such rung."""
-    dtype: Literal["float32", "bfloat16"] = "bfloat16"
+    dtype: Literal["float32", "bfloat16"] = "float32"
     """Of the rankers' computation."""
     num_queries: Count = 100
     """Test queries that NDCG@10 is measured on, drawn by the seed."""
