@@ -14,4 +14,4 @@ def config() -> BenchConfig:
 
 
 def quick() -> BenchConfig:
-    return BenchConfig(layers=(0, 1), num_items=8, repeats=1)
+    return BenchConfig(layers=(0, 1), num_items=8, repeats=1, random_requests=50)

@@ -13,7 +13,7 @@ from typing import Any
 from jaxsearch.errors import InputError
 
 LAUNCH_MULTIPLE, LAUNCH_GROWTH = 128, 1.125
-"""Launches pad what they hold by about an eighth at most where they are not small, and hardly where they are full."""
+"""A launch is at most an eighth larger than the one before it, or by one multiple where that is more."""
 SMALLEST_WINDOW = 128
 
 
@@ -126,8 +126,11 @@ class Lattice:
         (128, 256, 384, 512)
         """
         largest = max(max_batch_tokens, max_prefix_tokens + max_item_tokens)
-        sizes = Buckets.geometric(LAUNCH_MULTIPLE, largest, growth=LAUNCH_GROWTH, multiple=LAUNCH_MULTIPLE)
-        return cls(sizes, max_prefix_tokens, max_item_tokens)
+        sizes = [LAUNCH_MULTIPLE]
+        while sizes[-1] < largest:
+            grown = int(sizes[-1] * LAUNCH_GROWTH) // LAUNCH_MULTIPLE * LAUNCH_MULTIPLE
+            sizes.append(min(max(grown, sizes[-1] + LAUNCH_MULTIPLE), round_up(largest, LAUNCH_MULTIPLE)))
+        return cls(Buckets(sizes), max_prefix_tokens, max_item_tokens)
 
     @classmethod
     def from_json(cls, value: Mapping[str, Any]) -> "Lattice":
@@ -152,7 +155,7 @@ class Lattice:
 
     def prefix_windows(self) -> Buckets:
         """How many keys of its prefix a block may read."""
-        return Buckets.geometric(64, self.max_prefix_tokens, growth=2.0, multiple=64)
+        return Buckets.geometric(64, max(self.max_prefix_tokens, 1), growth=2.0, multiple=64)
 
 
 def round_up(size: int, multiple: int) -> int:

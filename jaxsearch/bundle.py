@@ -68,11 +68,10 @@ class Bundle:
 
     def scorer(self, *, is_batch_invariant: bool = False) -> PrefillScorer:
         """The ranker in the bundle's shapes."""
-        return _scorer(self.ranker, self.lattice, is_batch_invariant=is_batch_invariant)
-
-
-def _scorer(ranker: TextRanker, lattice: Lattice, *, is_batch_invariant: bool = False) -> PrefillScorer:
-    return PrefillScorer(ranker.decoder, ranker.label_ids, lattice, is_batch_invariant=is_batch_invariant)
+        ranker = self.ranker
+        return PrefillScorer(
+            ranker.decoder, ranker.label_ids, self.lattice, is_batch_invariant=is_batch_invariant
+        )
 
 
 def known_answers(
@@ -84,7 +83,7 @@ def known_answers(
     for query, fitting, other in triples:
         prompt = ranker.request(query, [fitting, other])
         requests.append(ScoreRequest(tuple(prompt.prefix), prompt.items))
-    logits = _scorer(ranker, lattice).score(requests)
+    logits = PrefillScorer(ranker.decoder, ranker.label_ids, lattice).score(requests)
     answers = []
     for (query, fitting, other), rows in zip(triples, logits, strict=True):
         first, second = ranker.scores(rows).tolist()
@@ -196,6 +195,20 @@ def load_bundle(directory: str | Path) -> Bundle:
     others.
     """
     directory = Path(directory)
+    manifest = _read_manifest(directory)
+    _check_files(directory, manifest)
+    try:
+        return _load_checked(directory, manifest)
+    except (KeyError, TypeError) as error:
+        raise InputError(f"{directory} lacks a part ({error!r}); export it again") from error
+
+
+def read_lattice(directory: str | Path) -> Lattice:
+    """The shapes of a bundle alone. Raises: InputError when there is no bundle."""
+    return Lattice.from_json(_read_manifest(Path(directory)).get("lattice", {}))
+
+
+def _read_manifest(directory: Path) -> dict[str, Any]:
     if not (directory / MANIFEST).is_file():
         raise InputError(
             f"{directory} holds no bundle: make one with `make demo` (QUICK=1: the small one), or with python -m "
@@ -204,11 +217,7 @@ def load_bundle(directory: str | Path) -> Bundle:
     manifest = read_object(directory / MANIFEST, hint="export the bundle again")
     if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
         raise InputError(f"{directory / MANIFEST} is not a bundle of format {FORMAT}; export it again")
-    _check_files(directory, manifest)
-    try:
-        return _load_checked(directory, manifest)
-    except (KeyError, TypeError) as error:
-        raise InputError(f"{directory} lacks a part ({error!r}); export it again") from error
+    return manifest
 
 
 def _load_checked(directory: Path, manifest: Mapping[str, Any]) -> Bundle:

@@ -19,7 +19,7 @@ Steps = Generator[int, None, Any]
 DEFAULT_RETRY_SECONDS = 1.0
 """Told to clients before anything was measured."""
 RATE_WEIGHT = 0.2
-"""Weight of the newest launch in the moving average of the drain rate."""
+"""Weight of the newest launch in the sums of tokens and seconds whose quotient is the drain rate."""
 
 
 class Shareable(Protocol):
@@ -113,7 +113,7 @@ class Batcher:
         self._jobs: collections.deque[_Job] = collections.deque()
         self._wake = threading.Condition()
         self._queue_tokens = 0
-        self._tokens_per_second: float | None = None
+        self._recent_tokens = self._recent_seconds = 0.0
         self._last_end = -math.inf
         self._is_stopping = False
         self._num_running = 0
@@ -130,8 +130,8 @@ class Batcher:
 
     @property
     def tokens_per_second(self) -> float | None:
-        """Moving average of the drain rate while busy; None before the first launch."""
-        return self._tokens_per_second
+        """The drain rate of the last launches while busy; None before the first one."""
+        return self._recent_tokens / self._recent_seconds if self._recent_seconds else None
 
     def submit(
         self, work: Steps | Shareable, tokens: int, *, deadline: float | None = None
@@ -143,6 +143,7 @@ class Batcher:
           deadline: on `clock`; after it the future raises DeadlineExceeded.
         Raises: QueueFull; Stopped.
         """
+        assert isinstance(work, Generator) or self._launcher is not None, "shared launches need a launcher"
         with self._wake:
             if self._is_stopping:
                 raise Stopped("the server is shutting down")
@@ -166,7 +167,7 @@ class Batcher:
         waiting = self._queue_tokens + arriving
         if waiting and waiting + tokens > self.max_queue_tokens:
             excess = min(waiting, waiting + tokens - self.max_queue_tokens)
-            rate = self._tokens_per_second
+            rate = self.tokens_per_second
             raise QueueFull(waiting, self.max_queue_tokens, excess / rate if rate else DEFAULT_RETRY_SECONDS)
 
     def _run(self) -> None:
@@ -183,14 +184,15 @@ class Batcher:
             begun = self._clock()
             for job, _ in members:
                 job.started = begun if job.started is None else job.started
-            if launch is None:
-                for job, _ in members:
+            try:
+                if launch is not None and members:
+                    self._launch(launch, members, begun)
+                for job, _ in members if launch is None else ():
                     self._step(job, begun)
-            else:
-                self._launch(launch, members, begun)
-            with self._wake:
-                self._num_running -= 1
-                self._wake.notify_all()
+            finally:
+                with self._wake:
+                    self._num_running -= 1
+                    self._wake.notify_all()
 
     def _gather(self) -> tuple[Any, list[tuple[_Job, int]]]:
         """What runs next: a launch with the jobs that joined it and their tokens, or one job for a step alone.
@@ -210,10 +212,12 @@ class Batcher:
                     break
                 skipped.append(job)
                 continue
-            if launch is None:
-                assert self._launcher is not None, "work that shares launches needs a launcher"
-                launch = self._launcher.open()
-            tokens = job.work.join(launch, len(members))
+            try:
+                launch = self._launcher.open() if launch is None and self._launcher is not None else launch
+                tokens = job.work.join(launch, len(members))
+            except Exception as error:  # what fails must not take the thread with it
+                self._fail(job, error)
+                continue
             if tokens:
                 members.append((job, tokens))
             if job.work.is_waiting:
@@ -242,14 +246,14 @@ class Batcher:
         except Exception as error:  # what fails must not take the thread with it
             failed = dict.fromkeys(range(len(members)), error)
         with self._wake:
-            self._launcher.count(launch, self._count(sum(tokens for _, tokens in members), begun))
-            for member, (job, tokens) in enumerate(members):
+            seconds = self._count(sum(self._forget(job, tokens) for job, tokens in members), begun)
+            for member, (job, _) in enumerate(members):
                 job.in_flight -= 1
-                self._forget(job, tokens)
                 if member in failed:
-                    _resolve(job.future, error=failed[member])
+                    self._fail(job, failed[member])
                 elif not job.in_flight and not job.work.is_waiting:  # pyright: ignore[reportAttributeAccessIssue]
-                    self._finish(job, job.work.result())  # pyright: ignore[reportAttributeAccessIssue]
+                    self._finish(job, job.work.result)  # pyright: ignore[reportAttributeAccessIssue]
+        self._launcher.count(launch, seconds)
 
     def _step(self, job: _Job, begun: float) -> None:
         done, value, error = None, None, None
@@ -262,36 +266,43 @@ class Batcher:
         with self._wake:
             job.in_flight -= 1
             if error is not None:
-                self._forget(job, job.tokens_left)
-                _resolve(job.future, error=error)
+                self._fail(job, error)
                 return
-            tokens = job.tokens_left if done is None else done
-            self._count(tokens, begun)
-            self._forget(job, tokens)
+            self._count(self._forget(job, job.tokens_left if done is None else done), begun)
             if done is None:
-                self._finish(job, value)
+                self._finish(job, lambda: value)
             else:
                 self._jobs.append(job)
 
-    def _finish(self, job: _Job, value: Any) -> None:
+    def _finish(self, job: _Job, result: Callable[[], Any]) -> None:
         started = job.submitted if job.started is None else job.started
         self._forget(job, job.tokens_left)
-        _resolve(job.future, Outcome(value, started - job.submitted, self._clock() - started))
+        try:
+            outcome = Outcome(result(), started - job.submitted, self._clock() - started)
+        except Exception as error:  # what fails must not take the thread with it
+            self._fail(job, error)
+        else:
+            _resolve(job.future, outcome)
 
-    def _forget(self, job: _Job, tokens: int) -> None:
-        """Takes tokens of a job out of the queue; a prefix that ran twice counts once."""
+    def _fail(self, job: _Job, error: Exception) -> None:
+        self._forget(job, job.tokens_left)
+        _resolve(job.future, error=error)
+
+    def _forget(self, job: _Job, tokens: int) -> int:
+        """Takes tokens of a job out of the queue and says how many; a prefix that ran twice counts once."""
         tokens = min(tokens, job.tokens_left)
         job.tokens_left -= tokens
         self._queue_tokens -= tokens
+        return tokens
 
     def _count(self, tokens: int, begun: float) -> float:
         """Keeps the drain rate; the seconds that count."""
         now = self._clock()
         seconds = now - max(begun, self._last_end)
         self._last_end = now
-        if tokens and seconds > 0:
-            rate, old = tokens / seconds, self._tokens_per_second
-            self._tokens_per_second = rate if old is None else old + RATE_WEIGHT * (rate - old)
+        if tokens:
+            self._recent_tokens += tokens - RATE_WEIGHT * self._recent_tokens
+            self._recent_seconds += seconds - RATE_WEIGHT * self._recent_seconds
         return seconds
 
 

@@ -1,4 +1,4 @@
-"""The models behind the server: what must be true before it is ready, and the jobs that the device thread runs.
+"""The models behind the server: what must be true before it is ready, and the jobs that the device threads run.
 
 Every program that a request can need is compiled here, and known questions get their known answers, before `state` is
 "ready". Queueing is `batcher`'s, the search pipeline is `search`'s.
@@ -6,6 +6,7 @@ Every program that a request can need is compiled here, and known questions get 
 
 import dataclasses
 import gc
+import logging
 import time
 from collections.abc import Sequence
 
@@ -17,8 +18,11 @@ from jaxsearch.errors import InputError
 from jaxsearch.retrieval import NO_DOCUMENT
 from jaxsearch.scoring.packing import Launch, Part, ScoreRequest, longest_first
 from serve.batcher import Batcher, Shareable, Steps
+from serve.plan import LengthLog
 from serve.protocol import MAX_DEPTH
 from serve.telemetry import Telemetry
+
+log = logging.getLogger("jaxsearch.serve")
 
 QUEUE_BATCHES = 16
 """Tokens that may wait, in largest launches, where the operator states no limit: a request of 50 items takes four."""
@@ -87,6 +91,7 @@ class Engine:
     Args:
       max_queue_tokens: tokens that may wait for the device; None means `QUEUE_BATCHES` largest launches.
       is_batch_invariant: see `PrefillScorer`.
+      lengths: where the lengths of requests are recorded.
     """
 
     def __init__(
@@ -96,8 +101,10 @@ class Engine:
         *,
         max_queue_tokens: int | None = None,
         is_batch_invariant: bool = False,
+        lengths: LengthLog | None = None,
     ) -> None:
         self.bundle = bundle
+        self._lengths = lengths
         self.telemetry = telemetry
         self.state = "loading"
         self.failure: str | None = None
@@ -139,7 +146,7 @@ class Engine:
             self.telemetry.is_ready.set(0)
 
     def close(self) -> None:
-        """Answers what is queued, then stops the device thread."""
+        """Answers what is queued, then stops the device threads."""
         self.batcher.close()
 
     @property
@@ -149,9 +156,13 @@ class Engine:
     def score_job(self, request: ScoreRequest) -> Job:
         """Scores items behind their prefix; the outcome is a `Scored`.
 
-        Raises: InputError when prefix or an item is empty or too long.
+        Raises: InputError when there is no item, or prefix or an item is empty or too long.
         """
+        if not request.items:
+            raise InputError("no items to score; give at least one")
         work = ScoreWork(self.scorer.checked(request))
+        if self._lengths is not None:
+            self._lengths.add(work.request)
         return Job(work, work.num_tokens)
 
     def open(self) -> Launch:
@@ -165,6 +176,7 @@ class Engine:
         except Exception as error:
             if len(launch.parts) == 1:
                 return {launch.parts[0].owner: error}
+            log.warning("a launch of %d requests failed; each runs alone", len(launch.parts), exc_info=error)
             failed: dict[int, Exception] = {}
             for alone in launch.split():
                 failed |= self.run(alone, members)

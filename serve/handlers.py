@@ -191,7 +191,8 @@ class Service:
             "num_known_answers": len(bundle.known_answers),
             "num_programs": engine.num_programs,
             "ready_seconds": engine.ready_seconds,
-            "lattice": bundle.lattice.to_json(),
+            "lattice": bundle.lattice.to_json() | {"launches": list(engine.scorer.shapes.launches)},
+            "is_batch_invariant": engine.scorer.shapes.is_batch_invariant,
             "limits": dataclasses.asdict(self.limits) | {"max_queue_tokens": engine.batcher.max_queue_tokens},
             "queue_tokens": engine.batcher.queue_tokens,
             "tokens_per_second": engine.batcher.tokens_per_second,
@@ -287,11 +288,13 @@ class Service:
         future = batcher.submit(job.work, job.tokens, deadline=call.deadline)
         self.engine.telemetry.queue_tokens.set(batcher.queue_tokens)
         waiting = asyncio.wrap_future(future)
-        while not waiting.done():
-            await asyncio.wait({waiting}, timeout=POLL_SECONDS)
-            if not waiting.done() and await call.request.is_disconnected():
-                future.cancel()
-                raise ClientLeft
+        try:
+            while not waiting.done():
+                await asyncio.wait({waiting}, timeout=POLL_SECONDS)
+                if not waiting.done() and await call.request.is_disconnected():
+                    raise ClientLeft
+        finally:
+            future.cancel()
         self.engine.telemetry.queue_tokens.set(batcher.queue_tokens)
         return waiting.result()
 

@@ -8,6 +8,7 @@ self-test has passed. SIGTERM refuses what is new, answers what was accepted, th
 
 import argparse
 import asyncio
+import dataclasses
 import os
 import signal
 import socket
@@ -22,6 +23,7 @@ from jaxsearch.data.assets import cache_dir
 from jaxsearch.errors import InputError
 from serve.engine import Engine
 from serve.handlers import Limits
+from serve.plan import LengthLog, load_lattice
 from serve.protocol import MAX_BODY_BYTES, MAX_ITEMS
 from serve.routes import create_app
 from serve.telemetry import Telemetry
@@ -60,6 +62,10 @@ def _parser() -> argparse.ArgumentParser:
         action="store_true",
         help="scores are the same bit for bit whatever runs beside them; costs padding",
     )
+    parser.add_argument("--lattice", help="sizes of launches that serve.plan fitted (default: the bundle's)")
+    parser.add_argument(
+        "--record-lengths", metavar="FILE", help="append every request's lengths, for serve.plan"
+    )
     return parser
 
 
@@ -83,11 +89,15 @@ def serve(options: argparse.Namespace, console: rich.console.Console) -> None:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
     jax.config.update("jax_compilation_cache_dir", str(cache_dir() / "xla"))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+    bundle = load_bundle(options.bundle)
+    if options.lattice is not None:
+        bundle = dataclasses.replace(bundle, lattice=load_lattice(options.lattice, bundle.lattice))
     engine = Engine(
-        load_bundle(options.bundle),
+        bundle,
         Telemetry(),
         max_queue_tokens=options.max_queue_tokens,
         is_batch_invariant=options.batch_invariant,
+        lengths=None if options.record_lengths is None else LengthLog(options.record_lengths),
     )
     address = f"http://{options.host}:{listener.getsockname()[1]}"
 

@@ -1,7 +1,7 @@
 """`/v1/search`: encode, retrieve, fuse, rank, and say what happened on the way.
 
 Retrieval gives candidates, from the embedding index, from BM25, or from both fused by reciprocal rank; the ranker
-orders the best of them. Only encoding, index search and ranking run on the device thread.
+orders the best of them. Only encoding, index search and ranking run on the device threads.
 """
 
 import asyncio

@@ -1,6 +1,7 @@
 import concurrent.futures
 import threading
 
+import numpy as np
 import pytest
 
 from serve.batcher import Batcher, DeadlineExceeded, QueueFull, Stopped
@@ -269,4 +270,52 @@ def test_two_threads_run_two_launches_at_once(clock):
     batcher = Batcher(max_queue_tokens=100, launcher=launcher, num_threads=2, clock=clock)
     assert batcher.submit(Portions("wide", 8), 8).result(10).value == "wide"
     batcher.close()
+    assert batcher.queue_tokens == 0
+
+
+def test_two_threads_with_failures_and_clients_that_leave_lose_nothing():
+    class Unsteady(Launcher):
+        def run(self, launch, members):
+            if sum(taken for _, _, taken in launch["members"]) == 3:
+                raise RuntimeError("device lost")
+            return {i: RuntimeError("bad input") for i, work in enumerate(members) if work.name == "bad"}
+
+    launcher = Unsteady()
+    batcher = Batcher(max_queue_tokens=10**6, launcher=launcher, num_threads=2)
+    random = np.random.default_rng(0)
+    futures = []
+    for number in range(400):
+        size, kind = int(random.integers(1, 9)), random.choice(["good", "bad", "steps"])
+        work = counted([], "steps", size, 1) if kind == "steps" else Portions(str(kind), size)
+        futures.append(batcher.submit(work, size))
+        if number % 7 == 0:
+            futures[-1].cancel()
+    batcher.close()
+    assert all(future.done() for future in futures)
+    assert batcher.queue_tokens == 0
+    served = [future for future in futures if not future.cancelled() and future.exception() is None]
+    assert {future.result().value for future in served} == {"good", "steps"}
+    assert batcher.tokens_per_second > 0
+
+
+def test_work_that_cannot_be_launched_fails_alone(sharing):
+    batcher, launcher = sharing
+
+    class Broken(Portions):
+        def join(self, launch, member):
+            raise ValueError("no such item")
+
+    class Unfinished(Portions):
+        def result(self):
+            raise ValueError("no result")
+
+    launcher.gate.set()
+    futures = [
+        batcher.submit(work, 2)
+        for work in (Broken("broken", 2), Unfinished("unfinished", 2), Portions("good", 2))
+    ]
+    assert futures[2].result(10).value == "good"
+    for future, message in zip(futures, ("no such item", "no result"), strict=False):
+        with pytest.raises(ValueError, match=message):
+            future.result(10)
     assert batcher.queue_tokens == 0

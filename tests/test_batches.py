@@ -11,7 +11,6 @@ from jaxsearch.data.batches import (
     CandidateSampler,
     allowed_in_batch,
     group_pairs,
-    multiples,
     pack_rows,
     pack_tokens,
     packing_groups,
@@ -47,11 +46,6 @@ def test_padding_keeps_every_token_that_fits(rows):
     for row, kept, mask in zip(rows, tokens, where, strict=True):
         assert kept[mask].tolist() == row[:8]
         assert (kept[~mask] == 0).all()
-
-
-def test_multiples_end_at_the_maximum():
-    assert multiples(16, 40) == (16, 32, 40)
-    assert multiples(16, 32) == (16, 32)
 
 
 @settings(max_examples=30)

@@ -128,3 +128,12 @@ def test_many_short_items_are_limited_by_their_number():
     (first, *_) = fill(PLAIN, [ScoreRequest((1, 1), [[2]] * 100, (5,))])
     assert len(first.parts[0].items) == 640 // END_TOKENS
     assert first.padded_tokens == 640
+
+
+def test_ends_that_need_room_do_not_push_the_next_request_away():
+    launch = Launch(PLAIN)
+    assert launch.add(0, ScoreRequest((1, 1), [[2]] * 30, ()), list(range(30))) == 30
+    assert launch.add(1, ScoreRequest((1,) * 30, [[2] * 90] * 2, ()), [0, 1]) == 2
+    assert launch.padded_tokens == 512
+    ends = unpack(launch.arrays()[0], PLAIN.structure(512)).ends.places
+    assert ends[31] == 64 + 30 + 180 - 1

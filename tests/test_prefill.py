@@ -1,3 +1,4 @@
+import dataclasses
 import functools
 
 import jax
@@ -43,6 +44,27 @@ def tiny_decoder() -> Decoder:
     return Decoder(config, rngs=nnx.Rngs(0))
 
 
+@functools.cache
+def other_decoder() -> Decoder:
+    """With an output matrix of its own, biases and normed queries and keys, none of them at its start."""
+    config = dataclasses.replace(
+        tiny_decoder().config,
+        family="qwen3",
+        num_layers=2,
+        num_kv_heads=1,
+        use_qk_norm=True,
+        use_qkv_bias=True,
+        use_output_bias=True,
+        use_mlp_bias=True,
+        tie_embeddings=False,
+    )
+    decoder = Decoder(config, rngs=nnx.Rngs(1))
+    keys = iter(jax.random.split(jax.random.key(2), 99))
+    state = nnx.state(decoder)
+    nnx.update(decoder, jax.tree.map(lambda x: x + 0.1 * jax.random.normal(next(keys), x.shape), state))
+    return decoder
+
+
 LATTICE = Lattice.for_prompts(max_prefix_tokens=24, max_item_tokens=32, max_batch_tokens=384)
 BASE = tuple(range(40, 53))
 
@@ -53,8 +75,10 @@ def ready_scorer(kind="plain") -> PrefillScorer:
         "plain": {},
         "behind a base": {"base": BASE},
         "batch-invariant": {"is_batch_invariant": True},
+        "another family": {},
     }
-    scorer = PrefillScorer(tiny_decoder(), LABELS, LATTICE, **options[kind])
+    decoder = other_decoder() if kind == "another family" else tiny_decoder()
+    scorer = PrefillScorer(decoder, LABELS, LATTICE, **options[kind])
     assert scorer.compile() == scorer.num_compilations == len(scorer.shapes.launches)
     return scorer
 
@@ -64,12 +88,12 @@ def one_by_one(decoder, tokens, where):
     return decoder.logits(last_hidden(decoder(tokens, where=where), where))
 
 
-def reference(prefix, item):
+def reference(prefix, item, decoder=None):
     """All logits of prefix + item alone, padded to one length so that jit compiles once."""
     tokens = np.zeros((1, 80), np.int32)
     both = [*prefix, *item]
     tokens[0, : len(both)] = both
-    return np.asarray(one_by_one(tiny_decoder(), tokens, np.arange(80)[None] < len(both)))[0]
+    return np.asarray(one_by_one(decoder or tiny_decoder(), tokens, np.arange(80)[None] < len(both)))[0]
 
 
 tokens = st.integers(0, VOCAB_SIZE - 1)
@@ -83,7 +107,7 @@ requests = st.lists(
 )
 
 
-@pytest.mark.parametrize("kind", ["plain", "behind a base", "batch-invariant"])
+@pytest.mark.parametrize("kind", ["plain", "behind a base", "batch-invariant", "another family"])
 @settings(deadline=None, max_examples=40)
 @given(parts=requests)
 def test_packed_scores_equal_one_by_one_scores(kind, parts):
@@ -96,7 +120,8 @@ def test_packed_scores_equal_one_by_one_scores(kind, parts):
         assert logits.shape == (len(request.items), len(labels))
         assert logits.dtype == np.float32
         for item, row in zip(request.items, logits, strict=True):
-            np.testing.assert_allclose(row, reference(request.prefix, item)[labels], atol=TOLERANCE, rtol=0)
+            expected = reference(request.prefix, item, other_decoder() if kind == "another family" else None)
+            np.testing.assert_allclose(row, expected[labels], atol=TOLERANCE, rtol=0)
 
 
 TOLERANCE = 1e-5  # measured maximum over 300 random mixes of each kind: 1.2e-7
@@ -146,6 +171,8 @@ def test_programs_are_made_once_and_only_for_sizes_that_occur():
     assert scorer.num_compilations == 1
     scorer.score([ScoreRequest((7,), [list(range(30))] * 5)])
     assert scorer.num_compilations == 2
+    scorer.score([ScoreRequest((7,), [list(range(30))] * 25)])  # 384 + 384 at once, and 128
+    assert scorer.num_compilations == 3
 
 
 def test_other_weights_are_used_from_then_on_behind_the_base_too():
@@ -188,6 +215,8 @@ def test_a_prefix_must_begin_with_the_base():
         (ScoreRequest((1,), [[1] * 33]), "an item of 33 tokens does not fit"),
         (ScoreRequest((1,), [[1]], (VOCAB_SIZE,)), "label token ids must be in 0..96"),
         (ScoreRequest((1,), [[1]], ()), "1 to 16 label tokens"),
+        (ScoreRequest((1,), [[1, VOCAB_SIZE]]), "token ids must be in 0..96; got 1..97"),
+        (ScoreRequest((-1,), [[1]]), "token ids must be in 0..96; got -1..-1"),
     ],
 )
 def test_requests_that_cannot_be_scored_say_why(request_, message):

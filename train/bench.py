@@ -17,8 +17,10 @@ from pathlib import Path
 from typing import Any, Literal
 
 import jax
+import jax.monitoring
 import numpy as np
 
+from jaxsearch.buckets import Lattice
 from jaxsearch.data.assets import resolve
 from jaxsearch.data.prompts import PromptEncoder
 from jaxsearch.data.tokenizer import Tokenizer
@@ -27,12 +29,15 @@ from jaxsearch.errors import InputError
 from jaxsearch.files import write_json
 from jaxsearch.nn.pruning import keep_layers
 from jaxsearch.ranker import TextRanker, new_ranker
+from jaxsearch.scoring.packing import MAX_LABELS, ScoreRequest
+from jaxsearch.scoring.prefill import PrefillScorer
 from train.config import Count
 from train.inputs import load_base, load_data
 from train.options import progress, run, say
 from train.speed import commit, matmul_peak, spread, take_turns, weights_per_token
 from train.ways import Request, Way, check_agreement, missing_libraries, our_ways, their_ways
 
+COMPILE_EVENT = "/jax/core/compile/backend_compile_duration"
 LENGTH_SPREAD = 0.35
 """Standard deviation of the logarithm of a document's length; half of them are within 25 % of the middle."""
 REFERENCE, BASE = "transformers, one by one", "transformers, batches"
@@ -68,6 +73,8 @@ class BenchConfig:
     max_batch_tokens: Count = 2048
     dtypes: tuple[Literal["float32", "bfloat16"], ...] = ("float32", "bfloat16")
     repeats: Count = 5
+    random_requests: Count = 10_000
+    """Requests of random lengths, labels and company that must compile nothing once the scorer is ready."""
     seed: int = 0
 
 
@@ -158,6 +165,47 @@ def measure(config: BenchConfig, folder: Path) -> tuple[dict[str, int], list[dic
     return tokens, rows
 
 
+def compilations_after_ready(config: BenchConfig) -> int:
+    """How many times XLA compiles while random requests are scored, by a decoder of one layer in the same shapes."""
+    ranker = make_ranker(dataclasses.replace(config, layers=(0,)), config.dtypes[0])
+    lattice = Lattice.for_prompts(
+        max_prefix_tokens=config.max_shared_tokens,
+        max_item_tokens=config.max_item_tokens,
+        max_batch_tokens=config.max_batch_tokens,
+    )
+    scorer = PrefillScorer(ranker.decoder, ranker.label_ids, lattice)
+    scorer.compile()
+    rng = np.random.default_rng(config.seed)
+    vocab_size = ranker.decoder.config.vocab_size
+
+    def tokens(most: int) -> list[int]:
+        return rng.integers(0, vocab_size, rng.integers(1, most + 1)).tolist()
+
+    def draw() -> ScoreRequest:
+        items = [tokens(config.max_item_tokens) for _ in range(rng.geometric(0.5))]
+        labels = tuple(rng.integers(0, vocab_size, rng.integers(1, MAX_LABELS + 1)).tolist())
+        return ScoreRequest(tuple(tokens(config.max_shared_tokens)), items, labels)
+
+    compiled = 0
+
+    def listen(event: str, duration_secs: float, **_: str | int) -> None:
+        nonlocal compiled
+        compiled += event == COMPILE_EVENT
+
+    jax.monitoring.register_event_duration_secs_listener(listen)
+    try:
+        with progress("random requests", config.random_requests) as advance:
+            left = config.random_requests
+            while left:
+                company = min(int(rng.integers(1, 40)), left)
+                scorer.score([draw() for _ in range(company)])
+                left -= company
+                advance(company)
+    finally:
+        jax.monitoring.unregister_event_duration_listener(listen)
+    return compiled
+
+
 def markdown(report: dict[str, Any]) -> str:
     lines = [
         f"# Scoring beside torch, {report['date']}",
@@ -170,7 +218,8 @@ def markdown(report: dict[str, Any]) -> str:
         f"{report['rows'][0]['dtype']}, median [minimum, maximum]. *computed*: token places computed for each item. "
         f"torch has {report['torch threads']} threads. *share of peak*: FLOPs of the tokens that are needed (prefix "
         "once, items; two a weight, attention not "
-        "counted) over the peak of a matrix product in that dtype.",
+        "counted) over the peak of a matrix product in that dtype. Compilations in "
+        f"{report['random_requests']:,} random requests after ready: {report['compilations']}.",
         "",
         "| dtype | way | speed | computed | share of peak |",
         "| --- | --- | ---: | ---: | ---: |",
@@ -196,6 +245,7 @@ def main(config: BenchConfig, workdir: Path) -> None:
         raise InputError("torch runs on the CPU here: set JAX_PLATFORMS=cpu")
     with tempfile.TemporaryDirectory() as folder:
         tokens, rows = measure(config, Path(folder))
+    compiled = compilations_after_ready(config)
     packages = ("jax", "torch", "transformers", "sentence-transformers")
     report = {
         "date": datetime.date.today().isoformat(),
@@ -208,6 +258,8 @@ def main(config: BenchConfig, workdir: Path) -> None:
         "repeats": config.repeats,
         "tokens": tokens,
         "rows": rows,
+        "random_requests": config.random_requests,
+        "compilations": compiled,
     }
     write_json(workdir / "report.json", report)
     (workdir / "report.md").write_text(markdown(report), encoding="utf-8")

@@ -204,7 +204,7 @@ def offline_scorer(model: TextJudge | TextRanker, *, max_batch_tokens: int = 204
     """
     base = model.pairs([]).prefix if isinstance(model, TextJudge) else ()
     lattice = Lattice.for_prompts(
-        max_prefix_tokens=max(1, model.prompt.max_shared_tokens - len(base)),
+        max_prefix_tokens=0 if base else model.prompt.max_shared_tokens,
         max_item_tokens=model.prompt.max_item_tokens,
         max_batch_tokens=max_batch_tokens,
     )

@@ -265,7 +265,28 @@ def speed(config: LadderConfig, rungs: Sequence[Rung]) -> tuple[float, dict[str,
     return slo, found
 
 
+def in_ratios(report: dict[str, Any]) -> dict[str, Any]:
+    """The report with rates over the first rung's, back to back, and latencies in service levels: what carries over."""
+    base, slo_ms = report["rows"][0]["items_per_second"]["median"], report["slo_ms"]
+    rows = []
+    for row in report["rows"]:
+        simulated, measured = row["simulated"], row.get("measured")
+        rate = {name: value / base for name, value in row["items_per_second"].items()}
+        changed: dict[str, Any] = {
+            "items_per_second": rate,
+            "simulated": simulated | {"items_per_second": simulated["items_per_second"] / base},
+            "alone_ms": {"p50": row["alone_ms"]["p50"] / slo_ms},
+        }
+        if measured:
+            names = ("p50_ms", "p95_ms", "p99_ms")
+            taken = {name: None if measured[name] is None else measured[name] / slo_ms for name in names}
+            changed["measured"] = measured | taken
+        rows.append(row | changed)
+    return report | {"rows": rows}
+
+
 def markdown(report: dict[str, Any]) -> str:
+    """Of a report `in_ratios`."""
     versions = ", ".join(f"{name} {version}" for name, version in report["versions"].items())
     lines = [
         f"# The ladder of scoring, {report['date']}",
@@ -276,10 +297,10 @@ def markdown(report: dict[str, Any]) -> str:
         "",
         f"Quality: {report['num_queries']} test queries, 95 % intervals over queries; *retained* and *difference* are "
         f"of {REFERENCE!r}. *computed*: token places computed for each item, *padding* the share of them without a "
-        f"token. *items/s*: {report['timed_queries']} requests back to back, {report['repeats']} passes, the rungs "
-        "taking turns, median [minimum, maximum].",
+        f"token. *speed*: items a second of {report['timed_queries']} requests back to back over the first rung's "
+        f"median, {report['repeats']} passes, the rungs taking turns, median [minimum, maximum].",
         "",
-        "| rung | NDCG@10 | retained | difference | computed | padding | items/s |",
+        "| rung | NDCG@10 | retained | difference | computed | padding | speed |",
         "| --- | ---: | ---: | ---: | ---: | ---: | ---: |",
     ]
     for row in report["rows"]:
@@ -294,15 +315,15 @@ def markdown(report: dict[str, Any]) -> str:
         lines.append(f"| {row['name']} | {value} | {retained} | {difference} | {cost} | {items} |")
     lines += [
         "",
-        f"Under load: SLO p99 ≤ {report['slo_ms']:.0f} ms, {report['slo_factor']:g} times the median of a request "
-        "alone on the slowest rung, for all rungs. *alone*: measured, no queue. *simulated*: the highest rate of "
-        "Poisson arrivals that meets the SLO when one server is fed with the measured times, busy for at most "
-        f"{MOST_LOAD:.0%} of the time (*load*). *measured*: that rate for real, open loop, for "
+        f"Under load: the SLO is p99 ≤ {report['slo_factor']:g} times the median of a request alone on the slowest "
+        "rung, one for all rungs; latencies are shares of it. *alone*: measured, no queue. *simulated*: the highest "
+        "rate of Poisson arrivals that meets the SLO when one server is fed with the measured times, busy for at most "
+        f"{MOST_LOAD:.0%} of the time (*load*); speed as above. *measured*: that rate for real, open loop, for "
         f"{report['window_seconds']:g} s or {LEAST_REQUESTS} requests if that is longer, latency from when a request "
         "was due; with fewer than 100 requests p99 is the slowest one. Memory is left out: one process holds all.",
         "",
-        "| rung | measured alone: p50, ms | simulated: items/s at the SLO | load | measured there: requests "
-        "| p50, ms | p95, ms | p99, ms | SLO met |",
+        "| rung | measured alone: p50 | simulated: speed at the SLO | load | measured there: requests "
+        "| p50 | p95 | p99 | SLO met |",
         "| --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: | --- |",
     ]
     for row in report["rows"]:
@@ -314,7 +335,7 @@ def markdown(report: dict[str, Any]) -> str:
         load_shown = f"{simulated['items_per_second']:.3g} | {simulated['load']:.0%}"
         met = "yes" if row["holds"] else "**no**"
         lines.append(f"| {row['name']} | {row['alone_ms']['p50']:.3g} | {load_shown} | {shown} | {met} |")
-    return "\n".join([*lines, "", "![Items a second and NDCG@10 of each rung](report.png)"]) + "\n"
+    return "\n".join([*lines, "", "![Speed and NDCG@10 of each rung](report.png)"]) + "\n"
 
 
 def main(config: LadderConfig, workdir: Path) -> None:
@@ -362,9 +383,10 @@ def main(config: LadderConfig, workdir: Path) -> None:
         ],
     }
     write_json(workdir / "report.json", report)
-    (workdir / "report.md").write_text(markdown(report), encoding="utf-8")
-    plot_ladder(workdir / "report.png", report, reference=REFERENCE)
-    say(markdown(report))
+    shown = in_ratios(report)
+    (workdir / "report.md").write_text(markdown(shown), encoding="utf-8")
+    plot_ladder(workdir / "report.png", shown, reference=REFERENCE)
+    say(markdown(shown))
 
 
 if __name__ == "__main__":

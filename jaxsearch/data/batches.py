@@ -102,11 +102,6 @@ def _pack(sizes: Sequence[int], rows: int) -> tuple[list[tuple[int, int]], int]:
     return places, max(filled)
 
 
-def multiples(step: int, maximum: int) -> tuple[int, ...]:
-    """`step, 2*step, … maximum`: padded lengths that waste at most `step - 1` tokens a row."""
-    return (*range(step, maximum, step), maximum)
-
-
 def row_lengths(step: int, maximum: int) -> tuple[int, ...]:
     """Padded lengths up to `maximum`, `step` apart, or a sixteenth where that is more: few programs for long rows.
 

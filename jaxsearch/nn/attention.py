@@ -138,20 +138,20 @@ def merge_attention(
 
 
 def shared_prefix_attention(
-    queries: Float[Array, "q c m k g h"],
+    queries: Float[Array, "q c t k g h"],
     keys: Float[Array, "q c t k h"],
     values: Float[Array, "q c t k h"],
-    mask: Bool[Array, "q c m t"],
+    mask: Bool[Array, "q c t t"],
     *,
     prefix_keys: Float[Array, "q s k h"],
     prefix_values: Float[Array, "q s k h"],
-    prefix_mask: Bool[Array, "q c m s"] | Bool[Array, "q 1 1 s"],
+    prefix_mask: Bool[Array, "q c t s"] | Bool[Array, "q 1 1 s"],
     is_causal: bool = False,
-) -> Float[Array, "q c m k g h"]:
+) -> Float[Array, "q c t k g h"]:
     """Every item of a query attends to what `prefix_mask` keeps of the query's prefix and, under `mask`, to itself.
 
-    m of an item's t positions ask, mostly all of them; `is_causal` as of `attention_with_lse`.
-    The prefix stays one array per query: its products contract all items at once, no copy per item is made.
+    `is_causal` as of `attention_with_lse`. The prefix stays one array per query: its products contract all items at
+    once, no copy per item is made.
     The result has the queries' dtype and equals dense attention over the concatenation of prefix and item.
     """
     own, own_lse = attention_with_lse(queries, keys, values, mask, is_causal=is_causal)

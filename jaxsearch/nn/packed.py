@@ -67,8 +67,7 @@ def packed_attention(
     """
     num_groups, num_blocks = seen.windows.shape[0], seen.block_starts.shape[0]
     blocks, size = num_blocks // num_groups, queries.shape[0] // num_blocks
-    scaled = queries * (1.0 / math.sqrt(queries.shape[-1]))
-    grouped = scaled.reshape(num_groups, blocks, size, *queries.shape[1:])
+    grouped = queries.reshape(num_groups, blocks, size, *queries.shape[1:])
     per_query = [each.reshape(num_groups, blocks, size, 1) for each in seen[:3]]
     per_block = [each.reshape(num_groups, blocks) for each in seen[3:5]]
 
@@ -106,12 +105,14 @@ def packed_attention(
 
 
 def _attend(queries: Array, keys: Array, values: Array, bias: Array) -> tuple[Array, Array]:
-    """Of scaled queries [blocks t k g h], keys and values [blocks s k h]; every query sees at least itself."""
+    """Of queries [blocks t k g h], keys and values [blocks s k h]; every query sees at least itself."""
     accumulate = {"precision": matmul_precision(queries.dtype), "preferred_element_type": jnp.float32}
     num_blocks, size, heads, groups, width = queries.shape
     rows = jnp.moveaxis(queries, 1, -2).reshape(num_blocks, heads, groups * size, width)
     scores = jnp.einsum("bkth,bskh->bkts", rows, keys, **accumulate)
-    scores = scores.reshape(num_blocks, heads, groups, size, -1) + bias[:, None, None]
+    scores = (
+        scores.reshape(num_blocks, heads, groups, size, -1) * (1.0 / math.sqrt(width)) + bias[:, None, None]
+    )
     peak = jnp.max(scores, axis=-1, keepdims=True)
     weights = jnp.exp(scores - peak)
     total = jnp.sum(weights, axis=-1, keepdims=True)
@@ -128,6 +129,8 @@ def _windows(
     starts = jnp.clip(starts, 0, keys.shape[0] - size)
 
     def cut(rows: Array) -> Array:
+        if starts.shape[0] > GROUP_BLOCKS:
+            return jax.vmap(lambda start: jax.lax.dynamic_slice_in_dim(rows, start, size))(starts)
         return jnp.stack([jax.lax.dynamic_slice_in_dim(rows, start, size) for start in starts])
 
     return (cut(keys), cut(values)), starts[:, None, None] + jnp.arange(size)[None, None]

@@ -1,6 +1,6 @@
 """Fills launches: the prompts of many requests end to end in one row of tokens, and the arrays that say what they see.
 
-A part of a request is its prefix followed by some of its items. Numpy only; what runs is `scoring.prefill`'s, how
+A part of a request is its prefix followed by some of its items. All on the host; what runs is `scoring.prefill`'s, how
 attention reads it is `nn.packed`'s.
 """
 
@@ -21,7 +21,8 @@ MAX_LABELS = 16
 END_TOKENS = 16
 """A launch has room for one item in so many tokens."""
 SPLIT_SHARE = 4
-"""A part that leaves items for later has at least so many tokens of items to one of prefix, which is computed again."""
+"""A part that leaves items for later, in a launch with others, has at least so many tokens of items to one of prefix:
+the prefix is computed again."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -87,7 +88,7 @@ class Shapes:
 
     def ends(self, size: int) -> int:
         """How many items a launch of `size` tokens may have."""
-        return max(size // END_TOKENS, 8)
+        return size // END_TOKENS
 
     def size_of(self, tokens: int) -> int:
         return next(size for size in self.launches if size >= tokens + self.tail)
@@ -115,7 +116,7 @@ class Launch:
     def __init__(self, shapes: Shapes) -> None:
         self.shapes = shapes
         self.parts: list[Part] = []
-        self._filled = 0
+        self._end = 0
         self._num_items = 0
 
     @property
@@ -124,9 +125,14 @@ class Launch:
         return sum(part.num_tokens for part in self.parts)
 
     @property
+    def filled(self) -> int:
+        """The tokens that it must have room for: where many short items come, for all their ends."""
+        return max(self._end, END_TOKENS * self._num_items)
+
+    @property
     def padded_tokens(self) -> int:
         """The launch's size."""
-        return self.shapes.size_of(self._filled)
+        return self.shapes.size_of(self.filled)
 
     def add(self, owner: int, request: ScoreRequest, waiting: list[int]) -> int:
         """Takes what fits of the items at `waiting`, longest first, out of the list, and says how many it took.
@@ -135,12 +141,17 @@ class Launch:
         `PrefillScorer.checked`, `waiting` is `longest_first` of their items.
         """
         shapes, prefix = self.shapes, request.prefix
-        room = shapes.ends(shapes.launches[-1]) - self._num_items
-        start = round_up(self._filled, BLOCK_TOKENS)
+        most = shapes.ends(shapes.launches[-1]) - self._num_items
+        start = round_up(self._end, BLOCK_TOKENS)
+        if (
+            start + shapes.aligned(len(prefix)) + shapes.aligned(len(request.items[waiting[-1]]))
+            > shapes.room
+        ):
+            return 0
         end, taken = start + shapes.aligned(len(prefix)), []
         for position in waiting:
             after = end + shapes.aligned(len(request.items[position]))
-            if after <= shapes.room and len(taken) < room:
+            if after <= shapes.room and len(taken) < most:
                 end = after
                 taken.append(position)
         is_rest = len(taken) == len(waiting)
@@ -164,8 +175,7 @@ class Launch:
     def _put(self, part: Part, end: int) -> None:
         self.parts.append(part)
         self._num_items += len(part.items)
-        # Where many short items come, the launch must be large enough to have their ends.
-        self._filled = max(end, END_TOKENS * self._num_items if self._num_items > 8 else 0)
+        self._end = end
 
     def arrays(self, *, base_tokens: int = 0) -> tuple[Int[np.ndarray, "ints"], Int[np.ndarray, "m labels"]]:
         """All of `Shapes.structure` as one vector, and each item's label tokens."""

@@ -60,6 +60,8 @@ class PrefillScorer:
         self.label_token_ids = self._checked_labels(label_token_ids)
         self.lattice, self.base = lattice, tuple(base)
         self.shapes = Shapes(lattice, is_batch_invariant=is_batch_invariant)
+        if self.base and is_batch_invariant:
+            raise InputError("a base and batch invariance do not go together: leave the base in the prefixes")
         longest = len(self.base) + lattice.max_prefix_tokens + lattice.max_item_tokens
         if longest > decoder.config.max_positions:
             raise InputError(
@@ -69,6 +71,7 @@ class PrefillScorer:
         self._base_states: KeyValues | None = None
         self._programs: dict[int, Callable[..., Any]] = {}
         self._lock = threading.Lock()
+        self._compiling = {size: threading.Lock() for size in self.shapes.launches}
         self.num_compilations = 0
 
     @property
@@ -78,15 +81,16 @@ class PrefillScorer:
 
     def compile(self) -> int:
         """Compiles every program now, several at a time; returns how many there are."""
-        self._base()
+        self._state()
         with concurrent.futures.ThreadPoolExecutor(max_workers=4) as pool:
             list(pool.map(self._program, self.shapes.launches))
         return self.num_compilations
 
     def use_weights(self, decoder: Decoder) -> None:
         """Scores with this decoder's weights from now on, wherever they are; same shapes: nothing is compiled again."""
-        self._weights = on_one_device(nnx.state(decoder))
-        self._base_states = None
+        with self._lock:
+            self._weights = on_one_device(nnx.state(decoder))
+            self._base_states = None
 
     def checked(self, request: ScoreRequest) -> ScoreRequest:
         """The request as launches take it: its prefix without `base`, its labels stated.
@@ -100,6 +104,11 @@ class PrefillScorer:
         if prefix[: len(base)] != base:
             raise InputError(f"the shared prefix does not begin with the scorer's {len(base)} base tokens")
         prefix = prefix[len(base) :]
+        for text in (prefix, *request.items):
+            if text and not 0 <= min(text) <= max(text) < self._vocab_size:
+                raise InputError(
+                    f"token ids must be in 0..{self._vocab_size - 1}; got {min(text)}..{max(text)}"
+                )
         if len(prefix) > self.lattice.max_prefix_tokens:
             raise InputError(
                 f"a prefix of {len(prefix)} tokens does not fit: at most {self.lattice.max_prefix_tokens}; "
@@ -131,7 +140,8 @@ class PrefillScorer:
     def start(self, launch: Launch) -> jax.Array:
         """Runs a launch, on an accelerator without waiting; `finish` keeps the rows that items asked for."""
         ints, labels = launch.arrays(base_tokens=len(self.base))
-        return self._program(launch.padded_tokens)(self._weights, ints, labels, self._base())
+        program = self._program(launch.padded_tokens)
+        return program(*self._state(), ints, labels)
 
     @staticmethod
     def finish(launch: Launch, logits: jax.Array) -> list[np.ndarray]:
@@ -166,31 +176,34 @@ class PrefillScorer:
                 results[part.owner][part.positions] = rows
         return results
 
-    def _base(self) -> KeyValues | None:
-        """Keys and values of `base`, computed at the first use of the weights."""
+    def _state(self) -> tuple[Any, KeyValues | None]:
+        """The weights, and the keys and values of `base` that belong to them, computed at their first use."""
         with self._lock:
             if self.base and self._base_states is None:
                 tokens = np.array([self.base], np.int32)
                 self._base_states = _read_base(self._graph, self._weights, tokens)
-            return self._base_states
+            return self._weights, self._base_states
 
     def _program(self, size: int) -> Callable[..., Any]:
         """The compiled program of a launch's size."""
-        if (program := self._programs.get(size)) is not None:
-            return program
+        with self._compiling[size]:
+            if size not in self._programs:
+                self._programs[size] = self._compiled(size)
+            return self._programs[size]
+
+    def _compiled(self, size: int) -> Callable[..., Any]:
         structure = self.shapes.structure(size)
         leaves = jax.tree.leaves(structure, is_leaf=lambda node: type(node) is tuple)
         run = functools.partial(_run, self._graph, structure, self.shapes.windows)
         lowered = jax.jit(run).lower(
-            self._weights,
+            *self._state(),
             jax.ShapeDtypeStruct((sum(int(np.prod(shape)) for shape in leaves),), jnp.int32),
             jax.ShapeDtypeStruct((self.shapes.ends(size), MAX_LABELS), jnp.int32),
-            self._base(),
         )
         program = lowered.compile()
         with self._lock:
             self.num_compilations += 1
-            return self._programs.setdefault(size, program)
+        return program
 
     def _checked_labels(self, token_ids: Sequence[int]) -> tuple[int, ...]:
         if not 1 <= len(token_ids) <= MAX_LABELS:
@@ -210,9 +223,9 @@ def _run(
     structure: PackedPrompts,
     windows: tuple[tuple[int, int], ...],
     weights: Any,
+    base: KeyValues | None,
     ints: Int[Array, "ints"],
     label_token_ids: Int[Array, "m labels"],
-    base: KeyValues | None,
 ) -> Float[Array, "m labels"]:
     decoder = nnx.merge(graph, weights)
     hidden = decoder.read_packed(unpack(ints, structure), windows, base)
