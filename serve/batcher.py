@@ -95,7 +95,9 @@ class Batcher:
     Args:
       max_queue_tokens: tokens that may wait; a job larger than this is taken when nothing else waits.
       launcher: for jobs that share launches.
-      num_threads: launches that run at once.
+      num_threads: launches that run at once; they share the device, so that each takes longer.
+      busy_tokens: threads beyond the first help only while so many tokens wait: then all finish sooner, otherwise a
+        request would only be slowed down by the next one.
       clock: seconds, monotonic.
     """
 
@@ -105,6 +107,7 @@ class Batcher:
         max_queue_tokens: int,
         launcher: Launcher | None = None,
         num_threads: int = 1,
+        busy_tokens: int = 0,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.max_queue_tokens = max_queue_tokens
@@ -116,7 +119,8 @@ class Batcher:
         self._recent_tokens = self._recent_seconds = 0.0
         self._last_end = -math.inf
         self._is_stopping = False
-        self._num_running = 0
+        self._num_running = self._running_tokens = 0
+        self._busy_tokens = busy_tokens
         self._threads = [
             threading.Thread(target=self._run, name=f"device-{number}", daemon=True)
             for number in range(num_threads)
@@ -173,14 +177,15 @@ class Batcher:
     def _run(self) -> None:
         while True:
             with self._wake:
-                while not self._jobs and not (self._is_stopping and not self._num_running):
+                while not self._is_due() and (self._jobs or self._num_running or not self._is_stopping):
                     self._wake.wait()
                 if not self._jobs:
                     return
                 launch, members = self._gather()
+                tokens = sum(tokens for _, tokens in members)
                 self._num_running += 1
-                if self._jobs:
-                    self._wake.notify()
+                self._running_tokens += tokens
+                self._wake.notify()
             begun = self._clock()
             for job, _ in members:
                 job.started = begun if job.started is None else job.started
@@ -192,7 +197,13 @@ class Batcher:
             finally:
                 with self._wake:
                     self._num_running -= 1
+                    self._running_tokens -= tokens
                     self._wake.notify_all()
+
+    def _is_due(self) -> bool:
+        """Whether a thread should take something up."""
+        waiting = self._queue_tokens - self._running_tokens
+        return bool(self._jobs) and (not self._num_running or waiting >= self._busy_tokens)
 
     def _gather(self) -> tuple[Any, list[tuple[_Job, int]]]:
         """What runs next: a launch with the jobs that joined it and their tokens, or one job for a step alone.

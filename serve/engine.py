@@ -24,8 +24,8 @@ from serve.telemetry import Telemetry
 
 log = logging.getLogger("jaxsearch.serve")
 
-QUEUE_BATCHES = 16
-"""Tokens that may wait, in largest launches, where the operator states no limit: a request of 50 items takes four."""
+QUEUE_BATCHES = 8
+"""Tokens that may wait, in largest launches, if the operator states no limit; a request of 50 items may take four."""
 EMBED_ROWS = 64
 
 
@@ -116,6 +116,7 @@ class Engine:
             max_queue_tokens=max_queue_tokens or QUEUE_BATCHES * bundle.lattice.max_batch_tokens,
             launcher=self,
             num_threads=self.scorer.num_concurrent,
+            busy_tokens=bundle.lattice.max_batch_tokens,
         )
 
     def prepare(self) -> None:

@@ -55,7 +55,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--max-items", type=int, default=MAX_ITEMS, help="items per request")
     parser.add_argument("--max-body-bytes", type=int, default=MAX_BODY_BYTES, help="bytes per request body")
     parser.add_argument(
-        "--max-queue-tokens", type=int, help="tokens that may wait before 429 (default: 16 largest launches)"
+        "--max-queue-tokens", type=int, help="tokens that may wait before 429 (default: 8 largest launches)"
     )
     parser.add_argument(
         "--batch-invariant",

@@ -273,6 +273,28 @@ def test_two_threads_run_two_launches_at_once(clock):
     assert batcher.queue_tokens == 0
 
 
+def test_a_second_thread_helps_only_where_much_waits(clock):
+    launcher = Launcher()
+    at_once, most = [], []
+
+    def run(launch, members):
+        at_once.append(1)
+        most.append(len(at_once))
+        launcher.started.set()
+        launcher.gate.wait(0.2)
+        at_once.pop()
+        return {}
+
+    launcher.run = run
+    for portions, expected in ((9, 1), (40, 2)):
+        launcher.started.clear()
+        most.clear()
+        batcher = Batcher(max_queue_tokens=100, launcher=launcher, num_threads=2, busy_tokens=8, clock=clock)
+        assert batcher.submit(Portions("wide", portions), portions).result(30).value == "wide"
+        batcher.close()
+        assert max(most) == expected
+
+
 def test_two_threads_with_failures_and_clients_that_leave_lose_nothing():
     class Unsteady(Launcher):
         def run(self, launch, members):
