@@ -208,7 +208,8 @@ class Batcher:
     def _gather(self) -> tuple[Any, list[tuple[_Job, int]]]:
         """What runs next: a launch with the jobs that joined it and their tokens, or one job for a step alone.
 
-        Jobs that have had a turn, and have more, wait behind all others.
+        A launch is its first job's turn: what that has left waits behind all others. Who got only the room that was
+        left keeps its place, and is first in the next one.
         """
         launch, members = None, []
         skipped: list[_Job] = []
@@ -232,7 +233,7 @@ class Batcher:
             if tokens:
                 members.append((job, tokens))
             if job.work.is_waiting:
-                (again if tokens else skipped).append(job)
+                (again if members and members[0][0] is job else skipped).append(job)
         for job, _ in members:
             job.in_flight += 1
         self._jobs.extendleft(reversed(skipped))

@@ -230,6 +230,16 @@ def test_requests_share_launches_and_take_turns(sharing):
     assert batcher.queue_tokens == 0
 
 
+def test_who_got_only_the_room_that_was_left_is_first_in_the_next_launch(sharing):
+    batcher, launcher = sharing
+    futures = [batcher.submit(Portions("first", 4), 4)]
+    assert launcher.started.wait(10)
+    futures += [batcher.submit(Portions(name, 3), 3) for name in "abc"]
+    launcher.gate.set()
+    assert [future.result(10).value for future in futures] == ["first", "a", "b", "c"]
+    assert launcher.launches[1:] == [[("a", 3), ("b", 1)], [("b", 2), ("c", 2)], [("c", 1)]]
+
+
 def test_a_failing_launch_fails_who_is_in_it_and_nobody_else(sharing):
     batcher, launcher = sharing
     first = batcher.submit(Portions("first", 4), 4)
