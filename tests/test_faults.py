@@ -58,9 +58,9 @@ def device(engine, before):
     programs = dict(engine.scorer._programs)
 
     def wrapped(size, program):
-        def run(weights, ints, *rest):
+        def run(weights, base, ints, labels):
             before(np.asarray(ints)[:size])
-            return program(weights, ints, *rest)
+            return program(weights, base, ints, labels)
 
         return run
 
