@@ -266,7 +266,8 @@ class Service:
         self, call: Call, texts: Sequence[str], function: Callable[..., Any], *arguments: Any
     ) -> Any:
         """Tokenises `texts` in a thread, timed as "tokenize". Raises: QueueFull before, where they would not fit."""
-        tokens = sum(map(len, texts)) // CHARACTERS_PER_TOKEN
+        most = self.engine.scorer.lattice.max_item_tokens  # what is longer is cut
+        tokens = sum(min(len(text) // CHARACTERS_PER_TOKEN, most) for text in texts)
         self.engine.batcher.check_room(tokens, arriving=self._arriving_tokens)
         begun = time.perf_counter()
         self._arriving_tokens += tokens

@@ -205,6 +205,15 @@ def test_a_crowd_is_refused_before_it_is_tokenised(server, engine, monkeypatch):
     assert post(server).status_code == 200
 
 
+def test_long_texts_count_as_what_is_kept_of_them(server, engine, held_device, monkeypatch):
+    monkeypatch.setattr(engine.batcher, "max_queue_tokens", 2000)
+    with concurrent.futures.ThreadPoolExecutor(1) as pool:
+        asked = pool.submit(post, server, {"query": "long", "documents": ["w" * 100_000] * 2})
+        wait_for(lambda: asked.done() or engine.batcher.queue_tokens > 1000)
+        held_device()
+        assert asked.result().status_code == 200
+
+
 def test_a_client_that_leaves_while_it_sends_is_no_fault_of_ours(server, caplog):
     left_before = count(server, "/v1/rerank", 499)
     with connect(server) as connection:
