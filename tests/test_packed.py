@@ -8,10 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from jaxsearch.buckets import Buckets, Lattice
-from jaxsearch.nn import packed
 from jaxsearch.nn.attention import dense_attention
 from jaxsearch.nn.packed import packed_attention
-from jaxsearch.scoring import packing
 from jaxsearch.scoring.packing import Launch, ScoreRequest, Shapes, longest_first, unpack
 
 SHAPES = Shapes(Lattice(Buckets([512]), max_prefix_tokens=70, max_item_tokens=200))
@@ -19,13 +17,6 @@ TOLERANCE = {"float32": 2e-6, "bfloat16": 0.03}  # measured maximum over 40 laun
 
 
 jitted, dense = jax.jit(packed_attention, static_argnums=4), jax.jit(dense_attention)
-
-
-@pytest.fixture
-def all_at_once(monkeypatch):
-    """As on an accelerator: one group has all blocks."""
-    for module in (packed, packing):
-        monkeypatch.setattr(module, "group_blocks", lambda num_blocks: num_blocks)
 
 
 sizes_of_requests = st.lists(
@@ -43,16 +34,17 @@ def test_packed_attention_equals_dense_attention(dtype, base_tokens, sizes):
     check(dtype, base_tokens, sizes)
 
 
-def test_in_one_group_too(all_at_once):
-    check("float32", 9, [(70, [200, 1, 64]), (1, [1]), (30, [130])])
+def test_in_one_group_too():
+    """As on an accelerator: all blocks at once."""
+    check("float32", 9, [(70, [200, 1, 64]), (1, [1]), (30, [130])], Shapes(SHAPES.lattice, has_groups=False))
 
 
-def check(dtype, base_tokens, sizes):
-    launch = Launch(SHAPES)
+def check(dtype, base_tokens, sizes, shapes=SHAPES):
+    launch = Launch(shapes)
     for owner, (prefix, items) in enumerate(sizes):
         request = ScoreRequest((1,) * prefix, [[2] * n for n in items])
         launch.add(owner, request, longest_first(request.items))
-    prompts = unpack(jnp.asarray(launch.arrays()[0]), SHAPES.structure(launch.padded_tokens))
+    prompts = unpack(jnp.asarray(launch.arrays()[0]), shapes.structure(launch.padded_tokens))
     rng = np.random.default_rng(0)
 
     def heads(count, *kinds):
@@ -63,7 +55,7 @@ def check(dtype, base_tokens, sizes):
     order = np.arange(launch.padded_tokens)
     for seen in (prompts.seen, prompts.ends):
         queries = heads(len(seen.places), 2, 3)
-        found = jitted(queries, keys, values, seen, SHAPES.windows, base)
+        found = jitted(queries, keys, values, seen, shapes.windows, base)
         assert found.dtype == queries.dtype
         places, starts, lengths = (np.asarray(each)[:, None] for each in seen[:3])
         prefixes = np.repeat(np.asarray(seen.block_prefixes), len(places) // len(seen.block_prefixes))[

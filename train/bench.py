@@ -3,8 +3,9 @@
     python -m train.bench --config configs/bench.py --workdir work/bench
 
 All ways score the same requests, taking turns; their scores must agree. Ours build on one another: each item alone,
-items in batches with their whole prompts, and the shared prefix computed once. Needs torch: `make bench` runs it in the
-environment that has it. Writes `report.json` and `report.md`.
+items in batches with their whole prompts, and the shared prefix computed once. Afterwards random requests of all kinds
+must compile nothing. Needs torch: `make bench` runs it in the environment that has it. Writes `report.json` and
+`report.md`.
 """
 
 import dataclasses

@@ -47,11 +47,6 @@ class PackedPrompts(NamedTuple):
     ends: PackedQueries
 
 
-def group_blocks(num_blocks: int) -> int:
-    """How many blocks one product takes on this backend."""
-    return min(GROUP_BLOCKS, num_blocks) if jax.default_backend() == "cpu" else num_blocks
-
-
 def packed_attention(
     queries: Float[Array, "m k g h"],
     keys: Float[Array, "n k h"],

@@ -14,7 +14,7 @@ import numpy as np
 from jaxtyping import Array, Int
 
 from jaxsearch.buckets import Lattice, round_up
-from jaxsearch.nn.packed import BLOCK_TOKENS, PackedPrompts, PackedQueries, group_blocks
+from jaxsearch.nn.packed import BLOCK_TOKENS, GROUP_BLOCKS, PackedPrompts, PackedQueries
 
 MAX_LABELS = 16
 """Label rows of every item: fewer labels are padded, so any set of label tokens runs without a new program."""
@@ -59,10 +59,14 @@ class Shapes:
     """What launches of a lattice look like on this backend.
 
     Args: `is_batch_invariant` gives every text the same place relative to its block, its window and the launch's end,
-        and all launches one shape, so that a score does not depend on its neighbours, bit for bit.
+        and all launches one shape, so that a score does not depend on its neighbours, bit for bit. `has_groups` says
+        that attention takes a few blocks at a time; None: on CPU.
     """
 
-    def __init__(self, lattice: Lattice, *, is_batch_invariant: bool = False) -> None:
+    def __init__(
+        self, lattice: Lattice, *, is_batch_invariant: bool = False, has_groups: bool | None = None
+    ) -> None:
+        self.has_groups = jax.default_backend() == "cpu" if has_groups is None else has_groups
         self.lattice = lattice
         self.is_batch_invariant = is_batch_invariant
         self.own, self.shared = lattice.own_windows(BLOCK_TOKENS).sizes, lattice.prefix_windows().sizes
@@ -97,12 +101,16 @@ class Shapes:
         """Room that a text takes: whole blocks where it must start at one."""
         return round_up(tokens, BLOCK_TOKENS) if self.is_batch_invariant else tokens
 
+    def group_blocks(self, num_blocks: int) -> int:
+        """How many blocks one product takes."""
+        return GROUP_BLOCKS if self.has_groups else num_blocks
+
     def structure(self, size: int) -> PackedPrompts:
         """The shapes of a launch's arrays, in their places."""
 
         def queries(count: int, block: int) -> PackedQueries:
             blocks = count // block
-            groups = blocks // group_blocks(blocks)
+            groups = blocks // self.group_blocks(blocks)
             shapes: list[Any] = [(count,)] * 3 + [(blocks,)] * 2 + [(groups,), ()]
             return PackedQueries(*shapes)
 
@@ -203,7 +211,7 @@ class Launch:
         starts, prefix_lengths = texts.starts[places], texts.prefix_lengths[places]
         block_starts = starts.reshape(-1, block).min(axis=1)
         last = places.reshape(-1, block).max(axis=1)
-        group = group_blocks(len(block_starts))
+        group = self.shapes.group_blocks(len(block_starts))
         own = (last + 1 - block_starts).reshape(-1, group).max(axis=1)
         shared = prefix_lengths.reshape(-1, group * block).max(axis=1)
         windows = np.searchsorted(self.shapes.shared, shared) * len(self.shapes.own)

@@ -30,7 +30,7 @@ from jaxsearch.sharding import on_one_device
 
 CPU_LAUNCHES = 2
 """Launches that run at once on CPU: attention's small products keep one core busy, the maps of the other launch the
-rest. An accelerator has them queued instead."""
+rest. On an accelerator `score` queues its launches without waiting."""
 
 
 class PrefillScorer:
