@@ -15,9 +15,12 @@ POINTS = (
     Point("neurons -50 %", mlp_dim=768),
     Point("neurons -50 %, magnitude", mlp_dim=768, method="magnitude"),
     Point("neurons -50 %, random", mlp_dim=768, method="random"),
-    Point("neurons -50 %, healed", mlp_dim=768, is_healed=True),
+    Point("neurons -50 %, healed", mlp_dim=768, heal_steps=80),
     Point("layers -3, neurons -50 %", drop_layers=3, mlp_dim=768),
-    Point("layers -3, neurons -50 %, healed", drop_layers=3, mlp_dim=768, is_healed=True),
+    *(
+        Point(f"layers -3, neurons -50 %, {steps} steps", drop_layers=3, mlp_dim=768, heal_steps=steps)
+        for steps in (80, 320, 1280)
+    ),
 )
 
 
@@ -31,7 +34,7 @@ def quick() -> SweepConfig:
     points = (
         Point("heads", num_kv_heads=2),
         Point("heads, random", num_kv_heads=2, method="random"),
-        Point("layer, healed", drop_layers=1, is_healed=True),
+        Point("layer, healed", drop_layers=1, heal_steps=6),
     )
     return SweepConfig(
         points, prune=cut, heal=heal.quick(), num_queries=4, depth=4, timed_queries=1, repeats=2

@@ -50,13 +50,10 @@ class Launcher(Protocol):
 
 
 class QueueFull(Exception):
-    """More tokens wait than are allowed; `retry_after_seconds` is when there should be room."""
+    """So much waits that a request is refused; `retry_after_seconds` is when there should be room."""
 
-    def __init__(self, queue_tokens: int, max_queue_tokens: int, retry_after_seconds: float) -> None:
-        super().__init__(
-            f"{queue_tokens} tokens wait already, at most {max_queue_tokens} may; "
-            f"retry in {math.ceil(retry_after_seconds)} s"
-        )
+    def __init__(self, why: str, retry_after_seconds: float) -> None:
+        super().__init__(f"{why}; retry in {math.ceil(retry_after_seconds)} s")
         self.retry_after_seconds = retry_after_seconds
 
 
@@ -94,6 +91,7 @@ class Batcher:
 
     Args:
       max_queue_tokens: tokens that may wait; a job larger than this is taken when nothing else waits.
+      max_queue_seconds: how long they may take at the measured rate, the new job's included.
       launcher: for jobs that share launches.
       num_threads: launches that run at once; they share the device, so that each takes longer.
       busy_tokens: threads beyond the first help only while so many tokens wait: then all finish sooner, otherwise a
@@ -105,12 +103,14 @@ class Batcher:
         self,
         *,
         max_queue_tokens: int,
+        max_queue_seconds: float = math.inf,
         launcher: Launcher | None = None,
         num_threads: int = 1,
         busy_tokens: int = 0,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.max_queue_tokens = max_queue_tokens
+        self.max_queue_seconds = max_queue_seconds
         self._launcher = launcher
         self._clock = clock
         self._jobs: collections.deque[_Job] = collections.deque()
@@ -144,14 +144,15 @@ class Batcher:
 
         Args:
           tokens: what all of it has.
-          deadline: on `clock`; after it the future raises DeadlineExceeded.
+          deadline: on `clock`; a job that would end later is not taken, after it the future raises
+            DeadlineExceeded.
         Raises: QueueFull; Stopped.
         """
         assert isinstance(work, Generator) or self._launcher is not None, "shared launches need a launcher"
         with self._wake:
             if self._is_stopping:
                 raise Stopped("the server is shutting down")
-            self.check_room(tokens)
+            self.check_room(tokens, deadline=deadline)
             job = _Job(work, tokens, deadline, self._clock())
             self._jobs.append(job)
             self._queue_tokens += tokens
@@ -166,13 +167,27 @@ class Batcher:
         for thread in self._threads:
             thread.join()
 
-    def check_room(self, tokens: int, *, arriving: int = 0) -> None:
-        """Whether so many tokens may come, where `arriving` ones are on their way already. Raises: QueueFull."""
-        waiting = self._queue_tokens + arriving
-        if waiting and waiting + tokens > self.max_queue_tokens:
-            excess = min(waiting, waiting + tokens - self.max_queue_tokens)
-            rate = self.tokens_per_second
-            raise QueueFull(waiting, self.max_queue_tokens, excess / rate if rate else DEFAULT_RETRY_SECONDS)
+    def check_room(self, tokens: int, *, arriving: int = 0, deadline: float | None = None) -> None:
+        """Whether so many tokens may come, where `arriving` ones are on their way already.
+
+        A job that nothing stands in front of is always taken. Raises: QueueFull.
+        """
+        waiting, rate = self._queue_tokens + arriving, self.tokens_per_second
+        if not waiting:
+            return
+        if (excess := waiting + tokens - self.max_queue_tokens) > 0:
+            retry = min(waiting, excess) / rate if rate else DEFAULT_RETRY_SECONDS
+            raise QueueFull(f"{waiting} tokens wait already, at most {self.max_queue_tokens} may", retry)
+        if not rate:
+            return
+        most = self.max_queue_seconds
+        if deadline is not None:
+            most = min(most, max(deadline - self._clock(), 0.0))
+        if (needed := (waiting + tokens) / rate) > most:
+            why = f"the answer would take {1000 * needed:.0f} ms with what waits already"
+            raise QueueFull(
+                f"{why}, at most {1000 * most:.0f} are allowed", min(waiting / rate, needed - most)
+            )
 
     def _run(self) -> None:
         while True:
@@ -245,7 +260,7 @@ class Batcher:
         if not job.future.cancelled() and not job.future.done():
             if job.deadline is None or self._clock() <= job.deadline:
                 return False
-            _resolve(job.future, error=DeadlineExceeded("the request's timeout_ms passed while it waited"))
+            _resolve(job.future, error=DeadlineExceeded("the request's time passed while it waited"))
         if isinstance(job.work, Generator):
             job.work.close()
         self._forget(job, job.tokens_left)

@@ -7,6 +7,7 @@ Every program that a request can need is compiled here, and known questions get 
 import dataclasses
 import gc
 import logging
+import math
 import time
 from collections.abc import Sequence
 
@@ -26,6 +27,9 @@ log = logging.getLogger("jaxsearch.serve")
 
 QUEUE_BATCHES = 8
 """Tokens that may wait, in largest launches, if the operator states no limit; a request of 50 items may take four."""
+SLO_SHARE = 0.75
+"""Of the service level, what a request may be expected to take when it is admitted; the rest is for what the
+expectation does not know: at overload every request is admitted at the limit."""
 EMBED_ROWS = 64
 
 
@@ -90,6 +94,7 @@ class Engine:
 
     Args:
       max_queue_tokens: tokens that may wait for the device; None means `QUEUE_BATCHES` largest launches.
+      slo_seconds: requests that would probably be answered later than so are refused; None: none are.
       is_batch_invariant: see `PrefillScorer`.
       lengths: where the lengths of requests are recorded.
     """
@@ -100,6 +105,7 @@ class Engine:
         telemetry: Telemetry,
         *,
         max_queue_tokens: int | None = None,
+        slo_seconds: float | None = None,
         is_batch_invariant: bool = False,
         lengths: LengthLog | None = None,
     ) -> None:
@@ -112,8 +118,10 @@ class Engine:
         self.ready_seconds: float | None = None
         self.scorer = bundle.scorer(is_batch_invariant=is_batch_invariant)
         self.num_retrieved = min(MAX_DEPTH, len(bundle.documents))
+        self.slo_seconds = slo_seconds
         self.batcher = Batcher(
             max_queue_tokens=max_queue_tokens or QUEUE_BATCHES * bundle.lattice.max_batch_tokens,
+            max_queue_seconds=math.inf if slo_seconds is None else SLO_SHARE * slo_seconds,
             launcher=self,
             num_threads=self.scorer.num_concurrent,
             busy_tokens=bundle.lattice.max_batch_tokens,

@@ -7,6 +7,7 @@ A handler checks, tokenises in a thread, queues a job and shapes the reply. Stat
 import asyncio
 import concurrent.futures
 import dataclasses
+import math
 import time
 import uuid
 from collections.abc import Callable, Sequence
@@ -64,6 +65,10 @@ class Call:
     deadline: float | None = None
     warnings: list[str] = dataclasses.field(default_factory=list)
     seconds: dict[str, float] = dataclasses.field(default_factory=dict)
+
+    def end_within(self, milliseconds: float) -> None:
+        """The reply is of no use later than so; the earliest such time counts."""
+        self.deadline = min(self.deadline or math.inf, time.monotonic() + milliseconds / 1000)
 
     def validated(self, kind: Any) -> Any:
         typed, warnings = validate(kind, self.body, is_strict=self.is_strict)
@@ -158,7 +163,7 @@ class Service:
         """`/v1/search`: see `Searcher`."""
         body: SearchBody = call.validated(SearchBody)
         if body.timeout_ms is not None:
-            call.deadline = time.monotonic() + body.timeout_ms / 1000
+            call.end_within(body.timeout_ms)
         self._check_query(body.query)
 
         async def run(job: Job) -> Outcome:
@@ -194,6 +199,7 @@ class Service:
             "lattice": bundle.lattice.to_json() | {"launches": list(engine.scorer.shapes.launches)},
             "is_batch_invariant": engine.scorer.shapes.is_batch_invariant,
             "limits": dataclasses.asdict(self.limits) | {"max_queue_tokens": engine.batcher.max_queue_tokens},
+            "slo_ms": None if engine.slo_seconds is None else 1000 * engine.slo_seconds,
             "queue_tokens": engine.batcher.queue_tokens,
             "tokens_per_second": engine.batcher.tokens_per_second,
         }
@@ -268,7 +274,7 @@ class Service:
         """Tokenises `texts` in a thread, timed as "tokenize". Raises: QueueFull before, where they would not fit."""
         most = self.engine.scorer.lattice.max_item_tokens  # what is longer is cut
         tokens = sum(min(len(text) // CHARACTERS_PER_TOKEN, most) for text in texts)
-        self.engine.batcher.check_room(tokens, arriving=self._arriving_tokens)
+        self.engine.batcher.check_room(tokens, arriving=self._arriving_tokens, deadline=call.deadline)
         begun = time.perf_counter()
         self._arriving_tokens += tokens
         try:

@@ -8,7 +8,7 @@ import asyncio
 import contextlib
 import dataclasses
 import time
-from collections.abc import AsyncIterator, Awaitable, Mapping, Sequence
+from collections.abc import AsyncIterator, Awaitable, Coroutine, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -36,6 +36,8 @@ SLO_FACTOR = 5
 the time, with Poisson arrivals that all cost the same, has a p99 of four such times (M/D/1)."""
 NORMAL_REQUESTS = 5
 """So many requests in a row within the service level are a server back to normal."""
+MEMORY_READINGS = 40
+"""In each phase."""
 THINK_SECONDS = 0.2
 """Pause of the patient client between two of its requests."""
 
@@ -44,9 +46,9 @@ THINK_SECONDS = 0.2
 class Phase:
     """One phase: its requests, and what was seen around it.
 
-    `client_cpu_share` is of one core; `device_busy_share`, `memory_growth_bytes` and `recompiles` are None where the
-    server does not say. `launches` are {padded tokens: (launches, their seconds)}; one counts where it ends, so a phase
-    of few launches may be busy for more than its time.
+    `client_cpu_share` is of one core, `memory_bytes` are readings over the phase; `device_busy_share` and `recompiles`
+    are None where the server does not say. `launches` are {padded tokens: (launches, their seconds)}; one counts where
+    it ends, so a phase of few launches may be busy for more than its time.
     """
 
     name: str
@@ -55,13 +57,22 @@ class Phase:
     client_cpu_share: float
     launches: Mapping[int, tuple[float, float]]
     device_busy_share: float | None
-    memory_growth_bytes: float | None
+    memory_bytes: Sequence[float]
     recompiles: float | None
+
+    @property
+    def memory_growth_share(self) -> float | None:
+        """What the last quarter of the readings is on average above the first; single ones swing with what runs."""
+        if not self.memory_bytes:
+            return None
+        part = max(len(self.memory_bytes) // 4, 1)
+        return float(np.mean(self.memory_bytes[-part:]) / np.mean(self.memory_bytes[:part]) - 1)
 
     def to_dict(self) -> dict[str, Any]:
         left_out = ("samples", "summary", "launches")
         fields = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
         return {name: value for name, value in fields.items() if name not in left_out} | {
+            "memory_growth_share": self.memory_growth_share,
             **dataclasses.asdict(self.summary),
             "launch_seconds": {
                 str(tokens): seconds / count for tokens, (count, seconds) in self.launches.items()
@@ -87,13 +98,16 @@ class LoadTest:
         source: TextSource,
         options: argparse.Namespace,
         progress: rich.progress.Progress,
+        *,
+        slo_ms: float | None,
     ) -> None:
         self.target = target
         self.source = source
         self.options = options
         self.progress = progress
         self.rng = np.random.default_rng(options.seed)
-        self.slo_seconds = float("inf") if options.slo_ms is None else options.slo_ms / 1000
+        self.has_slo = slo_ms is not None
+        self.slo_seconds = float("inf") if slo_ms is None else slo_ms / 1000
         self.patient: list[Patience] = []
         self.recovery_seconds: float | None = None
 
@@ -101,7 +115,7 @@ class LoadTest:
         """One request after another; sets the service level unless the operator did."""
         seconds = self.options.alone_seconds
         phase = await self._measure("alone", seconds, drive_in_turn(1, seconds, self._send_new))
-        if self.options.slo_ms is None:
+        if not self.has_slo:
             self.slo_seconds = SLO_FACTOR * phase.summary.p50_ms / 1000
         if phase.summary.p50_ms == float("inf"):
             raise InputError(f"{self.target.url} answers less than half of the requests that come one by one")
@@ -179,7 +193,8 @@ class LoadTest:
 
     async def _measure(self, name: str, seconds: float, run: Awaitable[list[Sample]]) -> Phase:
         before, begun, cpu = await self.target.metrics(), time.perf_counter(), time.process_time()
-        async with _shown(self.progress, name, seconds):
+        memory: list[float] = []
+        async with _shown(self.progress, name, seconds), _meanwhile(self._read_memory(seconds, memory)):
             samples = await run
         wall, cpu = time.perf_counter() - begun, time.process_time() - cpu
         after = await self.target.metrics()
@@ -191,9 +206,14 @@ class LoadTest:
             client_cpu_share=cpu / wall,
             launches=launches,
             device_busy_share=sum(spent for _, spent in launches.values()) / wall if launches else None,
-            memory_growth_bytes=_difference(after.memory_bytes, before.memory_bytes),
+            memory_bytes=memory,
             recompiles=_difference(after.recompiles, before.recompiles),
         )
+
+    async def _read_memory(self, seconds: float, into: list[float]) -> None:
+        while (now := (await self.target.metrics()).memory_bytes) is not None:
+            into.append(now)
+            await asyncio.sleep(seconds / MEMORY_READINGS)
 
     def _summary(self, samples: Sequence[Sample]) -> Summary:
         return summarize(
@@ -239,6 +259,16 @@ def _difference(after: float | None, before: float | None) -> float | None:
 
 
 @contextlib.asynccontextmanager
+async def _meanwhile(work: Coroutine[Any, Any, None]) -> AsyncIterator[None]:
+    """Runs `work` beside the body, no longer than that."""
+    running = asyncio.create_task(work)
+    try:
+        yield
+    finally:
+        running.cancel()
+
+
+@contextlib.asynccontextmanager
 async def _shown(progress: rich.progress.Progress, name: str, seconds: float) -> AsyncIterator[None]:
     """A bar that fills in the phase's time."""
     shown = progress.add_task(name, total=seconds)
@@ -248,9 +278,6 @@ async def _shown(progress: rich.progress.Progress, name: str, seconds: float) ->
             await asyncio.sleep(0.5)
             progress.advance(shown, 0.5)
 
-    advancing = asyncio.create_task(advance())
-    try:
+    async with _meanwhile(advance()):
         yield
-    finally:
-        advancing.cancel()
-        progress.update(shown, completed=seconds)
+    progress.update(shown, completed=seconds)

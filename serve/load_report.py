@@ -33,6 +33,7 @@ FINDINGS = {
     "p99_over_p50_simulated": "the same if requests waited for the device only (simulated)",
     "refused_share": "share of 429 at overload",
     "answered_share": "items/s answered at overload, share of capacity",
+    "in_time_share": "of them within the SLO, share of capacity",
     "patient_wait_seconds": "longest time until a client that waits as told was served, seconds",
     "recovery_seconds": "recovery, seconds",
 }

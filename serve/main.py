@@ -58,6 +58,11 @@ def _parser() -> argparse.ArgumentParser:
         "--max-queue-tokens", type=int, help="tokens that may wait before 429 (default: 8 largest launches)"
     )
     parser.add_argument(
+        "--slo-ms",
+        type=_milliseconds,
+        help="refuse (429) what would probably be answered later than so (default: the queue's limit alone)",
+    )
+    parser.add_argument(
         "--batch-invariant",
         action="store_true",
         help="scores are the same bit for bit whatever runs beside them; costs padding",
@@ -67,6 +72,13 @@ def _parser() -> argparse.ArgumentParser:
         "--record-lengths", metavar="FILE", help="append every request's lengths, for serve.plan"
     )
     return parser
+
+
+def _milliseconds(text: str) -> float:
+    value = float(text)
+    if not 0 < value < float("inf"):
+        raise argparse.ArgumentTypeError(f"must be above 0; got {text}")
+    return value
 
 
 def _listen(host: str, port: int) -> socket.socket:
@@ -96,6 +108,7 @@ def serve(options: argparse.Namespace, console: rich.console.Console) -> None:
         bundle,
         Telemetry(),
         max_queue_tokens=options.max_queue_tokens,
+        slo_seconds=None if options.slo_ms is None else options.slo_ms / 1000,
         is_batch_invariant=options.batch_invariant,
         lengths=None if options.record_lengths is None else LengthLog(options.record_lengths),
     )

@@ -54,6 +54,7 @@ LARGE_BODY_BYTES = 256 * 1024
 STARTING_SECONDS = 5
 STOPPING = "the server is shutting down"
 MAX_REQUEST_ID = 128
+TIMEOUT_HEADER = "x-timeout-ms"
 RERANK_BODIES = (RerankBody, VoyageRerankBody, MixedbreadRerankBody, TeiRerankBody)
 SCHEMA_PLACE = "#/components/schemas/{model}"
 
@@ -77,6 +78,8 @@ async def _answer(
         else:
             body = parse(raw)
         call = Call(request, body, request.query_params.get("strict") in ("1", "true"))
+        if (timeout := request.headers.get(TIMEOUT_HEADER)) is not None:
+            call.end_within(_milliseconds(timeout))
         reply = await handler(call)
         call.seconds["total"] = time.perf_counter() - begun
         for stage, seconds in call.seconds.items():
@@ -102,6 +105,17 @@ async def _answer(
     service.engine.telemetry.requests.labels(path, str(status)).inc()
     service.engine.telemetry.request_seconds.labels(path).observe(time.perf_counter() - begun)
     return Response(content, status, headers, media_type="application/json")
+
+
+def _milliseconds(text: str) -> float:
+    """Raises: InputError unless it is a time."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not 0 < value < math.inf:
+        raise InputError(f"{TIMEOUT_HEADER} must be a number of milliseconds above 0; got {text[:40]!r}")
+    return value
 
 
 def _as_request_error(error: Exception, request_id: str) -> RequestError:

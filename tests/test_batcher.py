@@ -97,6 +97,54 @@ def test_retry_after_follows_the_measured_drain_rate(batcher, clock):
     assert caught.value.retry_after_seconds == pytest.approx(30 / 20.0)
 
 
+@pytest.fixture
+def busy(clock):
+    """At 20 tokens a second 40 tokens run and 20 wait."""
+    batcher = Batcher(max_queue_tokens=1000, max_queue_seconds=4.0, clock=clock)
+
+    def steps():
+        clock.now += 2.0
+        return 40
+        yield
+
+    batcher.submit(steps(), 40).result(10)
+    assert batcher.tokens_per_second == pytest.approx(20.0)
+    started, gate = threading.Event(), threading.Event()
+    batcher.submit(blocked(started, gate, 40), 40)
+    assert started.wait(10)
+    batcher.submit(counted([], "waits", 1), 20)
+    yield batcher
+    gate.set()
+    batcher.close()
+
+
+def test_what_would_take_too_long_is_refused(busy):
+    with pytest.raises(QueueFull, match="would take 4050 ms with what waits already, at most 4000") as caught:
+        busy.submit(counted([], "late", 1), 21)
+    assert caught.value.retry_after_seconds == pytest.approx(0.05)
+    with pytest.raises(QueueFull) as caught:
+        busy.submit(counted([], "long", 1), 900)
+    assert caught.value.retry_after_seconds == pytest.approx(60 / 20.0)
+    assert busy.submit(counted([], "timely", 1), 20) is not None
+    assert busy.queue_tokens == 80
+
+
+def test_what_would_pass_its_deadline_is_refused_at_once(busy, clock):
+    with pytest.raises(QueueFull, match="3500 ms with what waits already, at most 3000"):
+        busy.submit(counted([], "late", 1), 10, deadline=clock.now + 3.0)
+    with pytest.raises(QueueFull, match="3500 ms with what waits already, at most 3000"):
+        busy.check_room(5, arriving=5, deadline=clock.now + 3.0)
+    assert busy.submit(counted([], "timely", 1), 10, deadline=clock.now + 3.6) is not None
+
+
+def test_nothing_is_too_late_where_nothing_waits(batcher, clock):
+    batcher.submit(counted([], "first", 1), 10).result(10)
+    clock.now += 1.0
+    assert (
+        batcher.submit(counted([], "large", 1), 5000, deadline=clock.now + 1e-6).result(10).value == "large"
+    )
+
+
 def test_a_job_larger_than_the_queue_runs_when_nothing_waits(batcher):
     assert batcher.submit(counted([], "huge", 1), 5000).result(10).value == "huge"
     assert batcher.queue_tokens == 0

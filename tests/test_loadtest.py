@@ -52,8 +52,8 @@ def report(url, tmp_path_factory):
         "20000",
         "--min-answered",
         "0.1",
-        "--max-growth-mib",
-        "2000",
+        "--max-growth",
+        "2",
     ]
     done = loadtest("--url", url, "--out", str(out), *SMALL, *SHORT, *lenient)
     assert done.returncode == 0, done.stdout + done.stderr
@@ -73,7 +73,9 @@ def test_a_run_measures_every_phase(report):
     assert found["capacity"] == saturation["items_per_second"] > 0
     assert 0 < saturation["device_busy_share"] <= 1
     assert saturation["launch_seconds"]
-    assert load["memory_growth_bytes"] is not None
+    assert len(load["memory_bytes"]) > 4
+    assert -0.5 < load["memory_growth_share"] < 0.5
+    assert found["findings"]["in_time_share"] <= found["findings"]["answered_share"]
     assert load["num_refused"] == 0 or load["num_refused"] < overload["num_refused"]
     assert overload["num_refused"] > 0
     findings = found["findings"]
@@ -149,13 +151,13 @@ def test_metrics_of_other_servers_are_left_out():
     assert said.launches_since(said) == {}
 
 
-def phase(arrivals, latencies, launches, tokens=None):
+def phase(arrivals, latencies, launches, tokens=None, memory=()):
     samples = [
         Sample(due, due, due + latency, Reply(200, tokens=tokens))
         for due, latency in zip(arrivals.tolist(), latencies, strict=True)
     ]
     summary = summarize(samples, items_per_request=1)
-    return Phase("load", samples, summary, 0.1, launches, None, None, None)
+    return Phase("load", samples, summary, 0.1, launches, None, memory, None)
 
 
 def test_expected_tail_is_the_one_of_the_simulation():
@@ -174,3 +176,13 @@ def test_expected_tail_is_the_one_of_the_simulation():
     p50, p99 = (latencies[math.ceil(part * len(latencies)) - 1] for part in (0.5, 0.99))
     assert tail == pytest.approx(p99 / p50, rel=1e-6)
     assert expected_tail(alone, phase(arrivals, [0.02] * len(arrivals), {}), arrivals, 100) is None
+
+
+def test_memory_growth_is_told_from_swings():
+    def growth(*memory):
+        return phase(np.zeros(1), [0.1], {}, memory=memory).memory_growth_share
+
+    assert growth() is None
+    assert growth(100.0) == 0
+    assert growth(*[98.0, 102.0] * 8) == 0
+    assert growth(*[98.0, 102.0] * 2, *[100.0] * 8, *[108.0, 112.0] * 2) == pytest.approx(0.1)

@@ -39,6 +39,31 @@ def test_overload_is_429_with_a_retry_after_that_works(bundle_directory, tmp_pat
         assert process.wait(60) == 0
 
 
+def test_what_would_be_answered_too_late_is_refused_at_once(bundle_directory, tmp_path):
+    body = {"query": "a", "documents": ["b" * 40] * 200}
+    options = ("--slo-ms", "1", "--max-queue-tokens", "1000000")
+    with running(bundle_directory, tmp_path / "log", *options) as (_, client):
+        wait_until_ready(client)
+        assert client.get("/info").json()["slo_ms"] == 1
+        assert client.post("/v1/rerank", json=body).status_code == 200  # nothing waits
+        with concurrent.futures.ThreadPoolExecutor(8) as pool:
+            replies = list(pool.map(lambda _: client.post("/v1/rerank", json=body), range(16)))
+        assert {reply.status_code for reply in replies} == {200, 429}
+        refused = next(reply for reply in replies if reply.status_code == 429)
+        assert "at most 1 are allowed" in refused.json()["message"]
+        assert int(refused.headers["retry-after"]) >= 1
+
+
+def test_a_request_may_say_how_long_it_waits(bundle_directory, tmp_path):
+    body = {"query": "a", "documents": ["b"]}
+    with running(bundle_directory, tmp_path / "log") as (_, client):
+        wait_until_ready(client)
+        for value, status in (("30000", 200), ("0.0001", 504), ("soon", 400), ("-1", 400), ("inf", 400)):
+            reply = client.post("/v1/rerank", json=body, headers={"x-timeout-ms": value})
+            assert reply.status_code == status, value
+            assert status != 400 or "x-timeout-ms must be a number of milliseconds" in reply.json()["message"]
+
+
 @pytest.fixture
 def taken_port():
     with socket.create_server(("127.0.0.1", 0)) as listener:

@@ -181,10 +181,10 @@ def test_a_sweep_measures_every_point_beside_the_whole_and_goes_on(world, tmp_pa
     points = (
         sweep.Point("neurons", mlp_dim=10),
         sweep.Point("by magnitude", mlp_dim=10, method="magnitude"),
-        sweep.Point("layer, healed", drop_layers=1, is_healed=True),
+        sweep.Point("layer, healed", drop_layers=1, heal_steps=2),
     )
     cut = prune_config(world, drop_layers=0, mlp_dim=0, num_heads=0)
-    heal = heal_config(world, "", loop=LoopConfig(num_steps=2))
+    heal = heal_config(world, "", loop=LoopConfig(num_steps=9))
     config = sweep.SweepConfig(
         points, prune=cut, heal=heal, num_queries=3, depth=4, timed_queries=2, repeats=2
     )
@@ -193,7 +193,7 @@ def test_a_sweep_measures_every_point_beside_the_whole_and_goes_on(world, tmp_pa
     assert list(rows) == ["whole", "neurons", "by magnitude", "layer, healed"]
     assert [row["layers"] for row in rows.values()] == [2, 2, 2, 1]
     assert [row["mlp_dim"] for row in rows.values()] == [24, 10, 10, 24]
-    assert [row["is_healed"] for row in rows.values()] == [False, False, False, True]
+    assert [row["heal_steps"] for row in rows.values()] == [0, 0, 0, 2]
     assert rows["whole"]["difference"] == [0.0] * 3
     assert rows["whole"]["weights"] == rows["whole"]["speed"]["median"] == 1.0
     assert rows["neurons"]["weights"] < 0.8
@@ -201,7 +201,7 @@ def test_a_sweep_measures_every_point_beside_the_whole_and_goes_on(world, tmp_pa
         mean, low, high = row["ndcg@10"]
         assert 0 <= low <= mean <= high <= 1
     assert (tmp_path / "report.png").stat().st_size > 10_000
-    assert "| neurons | 2 | 10 | 2 |" in (tmp_path / "report.md").read_text()
+    assert "| neurons | – | 2 | 10 | 2 |" in (tmp_path / "report.md").read_text()
     assert "neurons: cutting" in capsys.readouterr().out
     sweep.main(config, tmp_path)
     assert "cutting" not in capsys.readouterr().out

@@ -56,5 +56,5 @@ WRONG_REQUESTS = [
     (SEARCH, {"query": "a", "retrieve": {"sources": []}}, 400, "retrieve.sources is empty"),
     (SEARCH, {"query": "a", "retrieve": {"sources": ["google"]}}, 400, "retrieve.sources.0"),
     (SEARCH, {"query": "a", "rank": {"objective": {"click": 1}}}, 400, "this server has 'relevance' only"),
-    (SEARCH, {"query": "a", "timeout_ms": 0.0001}, 504, "timeout_ms passed"),
+    (SEARCH, {"query": "a", "timeout_ms": 0.0001}, 504, "time passed"),
 ]  # fmt: skip

@@ -47,7 +47,8 @@ class Point:
     num_heads: CountOrNone = 0
     num_kv_heads: CountOrNone = 0
     method: Method = "osscar"
-    is_healed: bool = False
+    heal_steps: CountOrNone = 0
+    """Training steps after the cut; 0: none. One cut with several of them is a curve."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,7 +59,7 @@ class SweepConfig:
     prune: PruneConfig = dataclasses.field(default_factory=PruneConfig)
     """Ranker, data and search of every cut; the numbers are the points'."""
     heal: RankerConfig = dataclasses.field(default_factory=RankerConfig)
-    """Of every point that is healed; base and teacher are the sweep's, the data those of `prune`."""
+    """Of every point that is healed; base and teacher are the sweep's, the data those of `prune`, steps the point's."""
     num_queries: Count = 100
     """Test queries."""
     depth: Count = 20
@@ -78,18 +79,24 @@ def make_point(config: SweepConfig, point: Point, workdir: Path) -> Path:
     if not (folder / "model" / CARD).exists():
         say(f"{point.name}: cutting")
         prune.main(dataclasses.replace(config.prune, search=search, **shape), folder)
-    if not point.is_healed:
+    if not point.heal_steps:
         return folder / "model"
-    healed = folder / "healed"
+    healed = folder / f"healed-{point.heal_steps}"
     healed.mkdir(exist_ok=True)
     if not (healed / "model" / CARD).exists():
-        say(f"{point.name}: healing")
+        say(f"{point.name}: healing, {point.heal_steps} steps")
         data = {
             name: getattr(config.prune, name)
             for name in ("collection", "skip_bad_lines", "vertical", "retriever")
         }
         heal = dataclasses.replace(
-            config.heal, base=str(folder / "model"), teacher=config.prune.ranker, layers=(), labels="", **data
+            config.heal,
+            base=str(folder / "model"),
+            teacher=config.prune.ranker,
+            layers=(),
+            labels="",
+            loop=dataclasses.replace(config.heal.loop, num_steps=point.heal_steps),
+            **data,
         )
         ranker_trainer.main(heal, healed)
     return healed / "model"
@@ -164,15 +171,17 @@ def markdown(report: dict[str, Any]) -> str:
         "queries. *weights*: those that a token is multiplied with. *speed*: of scoring the same prompts, over the "
         f"whole ranker's, {report['repeats']} repeats taking turns, median [minimum, maximum].",
         "",
-        "| ranker | layers | neurons | heads | weights | NDCG@10 | difference | speed |",
-        "| --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: |",
+        "| ranker | healed, steps | layers | neurons | heads | weights | NDCG@10 | difference | speed |",
+        "| --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: |",
     ]
     for row in report["rows"]:
         quality = "{:.3f} [{:.3f}, {:.3f}]".format(*row["ndcg@10"])
         difference = "–" if row["name"] == WHOLE else "{:+.3f} [{:+.3f}, {:+.3f}]".format(*row["difference"])
         speed = "{median:.2f} [{minimum:.2f}, {maximum:.2f}]".format(**row["speed"])
         shape = f"{row['layers']} | {row['mlp_dim']} | {row['heads']} | {row['weights']:.0%}"
-        lines.append(f"| {row['name']} | {shape} | {quality} | {difference} | {speed} |")
+        lines.append(
+            f"| {row['name']} | {row['heal_steps'] or '–'} | {shape} | {quality} | {difference} | {speed} |"
+        )
     return "\n".join([*lines, "", "![Speed against quality](report.png)"]) + "\n"
 
 
@@ -209,7 +218,7 @@ def main(config: SweepConfig, workdir: Path) -> None:
     folders = {WHOLE: Path(config.prune.ranker)}
     folders |= {point.name: make_point(config, point, workdir) for point in config.points}
     num_queries, rows = measure(config, folders, collection, vertical, retriever)
-    healed = {point.name for point in config.points if point.is_healed}
+    steps = {point.name: point.heal_steps for point in config.points}
     report = {
         "date": datetime.date.today().isoformat(),
         "device": jax.devices()[0].device_kind,
@@ -218,7 +227,7 @@ def main(config: SweepConfig, workdir: Path) -> None:
         "num_queries": num_queries,
         "depth": config.depth,
         "repeats": config.repeats,
-        "rows": [row | {"is_healed": row["name"] in healed} for row in rows],
+        "rows": [row | {"heal_steps": steps.get(row["name"], 0)} for row in rows],
     }
     write_json(workdir / "report.json", report)
     (workdir / "report.md").write_text(markdown(report), encoding="utf-8")
