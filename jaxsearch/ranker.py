@@ -82,7 +82,8 @@ class RankerLoss:
 
     The point-wise terms compare sigmoid(logit) with a soft label. The list-wise term compares the softmax over a
     query's candidates with that of its targets (gold where there is gold, else the teacher) divided by
-    `list_temperature`.
+    `list_temperature`. Where the teacher is a ranker, the softmax of its own logits takes their place: then both terms
+    are least where the answers are the teacher's.
     """
 
     teacher_weight: float = 0.5
@@ -90,21 +91,28 @@ class RankerLoss:
     list_weight: float = 1.0
     list_temperature: float = 0.25
 
-    def __call__(self, ranker: Ranker, batch: RankerBatch):
+    def __call__(
+        self, ranker: Ranker, batch: RankerBatch, teacher_logits: Float[Array, "b q c"] | None = None
+    ):
         logits = ranker(
             batch.prefix_tokens, batch.prefix_ids, batch.item_tokens, batch.segment_ids, batch.ends
         )
-        total, count, metrics = self.of_logits(logits, batch)
+        total, count, metrics = self.of_logits(logits, batch, teacher_logits)
         return total, count, metrics | losses.token_counts(batch.prefix_ids > 0, batch.segment_ids > 0)
 
-    def of_logits(self, logits: Float[Array, "b q c"], batch: RankerBatch):
+    def of_logits(
+        self,
+        logits: Float[Array, "b q c"],
+        batch: RankerBatch,
+        teacher_logits: Float[Array, "b q c"] | None = None,
+    ):
         """The same from logits and the batch's labels: Σ over queries, their number, means of the terms, in nats."""
         teacher = losses.binary_distillation(logits, batch.teacher, where=batch.teacher_where)
         gold = losses.binary_distillation(logits, batch.gold, where=batch.gold_where)
         use_gold = batch.gold_where if self.gold_weight > 0 else jnp.zeros_like(batch.gold_where)
         use_teacher = batch.teacher_where if self.teacher_weight > 0 else jnp.zeros_like(use_gold)
-        targets = jnp.where(use_gold, batch.gold, batch.teacher)
-        gains = jnp.exp(targets / self.list_temperature)
+        taught = batch.teacher / self.list_temperature if teacher_logits is None else teacher_logits
+        gains = jnp.exp(jnp.where(use_gold, batch.gold / self.list_temperature, taught))
         listwise = losses.listwise_softmax(logits, gains, where=use_gold | use_teacher)
         count = jnp.asarray(listwise.size, jnp.float32)
         per_query = (

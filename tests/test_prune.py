@@ -140,7 +140,7 @@ def test_calibration_counts_every_computed_token_once(world):
 
 
 def test_a_ranker_teaches_what_it_would_answer(world):
-    """The loss with a ranker in the step is that with its probabilities as stored labels."""
+    """The loss with a ranker in the step is that with its stored answers, and least where they are the student's."""
     config = heal_config(world, world["ranker"])
     teacher, student = load_ranker(world["ranker"]), load_ranker(world["ranker"])
     student.decoder.norm.weight[...] = student.decoder.norm.weight[...] * 1.5
@@ -151,15 +151,24 @@ def test_a_ranker_teaches_what_it_would_answer(world):
     assert isinstance(loss, DistilledLoss)
     batch = make_batch(0)
     stored = np.zeros_like(batch.teacher).reshape(-1, batch.teacher.shape[-1])
+    stored_logits = np.zeros_like(stored)
     for row, (query_id, keys) in enumerate(data.draw(0)):
         texts = [vertical.document_text(collection.documents[key], teacher.view) for key in keys]
         prompt = teacher.request(collection.queries[query_id].text, texts)
         (logits,) = offline_scorer(teacher).score([ScoreRequest(prompt.prefix, prompt.items)])
+        stored_logits[row, : len(keys)] = teacher.scores(logits)
         stored[row, : len(keys)] = 1 / (1 + np.exp(-teacher.scores(logits)))
     labelled = dataclasses.replace(batch, teacher=stored.reshape(batch.teacher.shape))
-    expected = config.loss(student.ranker, jax.tree.map(jnp.asarray, labelled))[0]
-    found = loss(model, jax.tree.map(jnp.asarray, batch))[0]
-    assert float(found) == pytest.approx(float(expected), rel=1e-5)
+    answers = jnp.asarray(stored_logits.reshape(batch.teacher.shape))
+    batch, labelled = jax.tree.map(jnp.asarray, (batch, labelled))
+    expected = config.loss(student.ranker, labelled, answers)[0]
+    assert float(loss(model, batch)[0]) == pytest.approx(float(expected), rel=1e-5)
+
+    def slope(student_logits):
+        return jax.grad(lambda logits: config.loss.of_logits(logits, labelled, answers)[0])(student_logits)
+
+    assert jnp.abs(slope(answers)).max() < 1e-6  # measured 3e-8
+    assert jnp.abs(slope(1.5 * answers)).max() > 1e-4
 
 
 def test_what_makes_no_sense_is_refused(world, tmp_path):

@@ -67,7 +67,7 @@ class TaughtLoss:
 
 @dataclasses.dataclass(frozen=True)
 class DistilledLoss:
-    """The ranker's loss with another ranker's probabilities of this very batch as teacher.
+    """The ranker's loss with another ranker's answers to this very batch as teacher.
 
     Tokens and slots are the student's alone.
     """
@@ -78,7 +78,8 @@ class DistilledLoss:
         logits = model.teacher(
             batch.prefix_tokens, batch.prefix_ids, batch.item_tokens, batch.segment_ids, batch.ends
         )
-        return self.loss(model.ranker, dataclasses.replace(batch, teacher=jax.nn.sigmoid(logits)))
+        taught = dataclasses.replace(batch, teacher=jax.nn.sigmoid(logits))
+        return self.loss(model.ranker, taught, logits)
 
 
 def taught_everywhere(drawn: Sequence[Drawn], batch: RankerBatch) -> RankerBatch:
