@@ -255,7 +255,7 @@ class Engine:
         for known in self.bundle.known_answers:
             prompt = ranker.request(known.query, list(known.documents))
             scores = ranker.scores(self.scorer.score([ScoreRequest(prompt.prefix, prompt.items)])[0])
-            if not np.allclose(scores, known.scores, rtol=0, atol=SCORE_TOLERANCE):
+            if not np.allclose(scores, known.scores, rtol=0, atol=SCORE_TOLERANCE[self.bundle.dtype]):
                 raise InputError(
                     f"self-test failed: {known.query!r} scored {scores.tolist()}, the bundle says "
                     f"{list(known.scores)}; this machine computes something else than the one that exported it"

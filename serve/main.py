@@ -13,6 +13,7 @@ import os
 import signal
 import socket
 import sys
+from pathlib import Path
 
 import jax
 import rich.console
@@ -24,6 +25,7 @@ from jaxsearch.errors import InputError
 from serve.engine import Engine
 from serve.handlers import Limits
 from serve.plan import LengthLog, load_lattice
+from serve.programs import load_programs, saved_programs
 from serve.protocol import MAX_BODY_BYTES, MAX_ITEMS
 from serve.routes import create_app
 from serve.telemetry import Telemetry
@@ -63,9 +65,19 @@ def _parser() -> argparse.ArgumentParser:
         help="refuse (429) what would probably be answered later than so (default: the queue's limit alone)",
     )
     parser.add_argument(
+        "--dtype",
+        choices=("float32", "bfloat16"),
+        help="of the ranker's arithmetic (default: float32 on CPU, bfloat16 elsewhere)",
+    )
+    parser.add_argument(
         "--batch-invariant",
         action="store_true",
         help="scores are the same bit for bit whatever runs beside them; costs padding",
+    )
+    parser.add_argument(
+        "--save-programs",
+        action="store_true",
+        help="compile, check, leave the programs in the bundle's folder for machines like this one, and end",
     )
     parser.add_argument("--lattice", help="sizes of launches that serve.plan fitted (default: the bundle's)")
     parser.add_argument(
@@ -92,19 +104,14 @@ def _listen(host: str, port: int) -> socket.socket:
         ) from None
 
 
-def serve(options: argparse.Namespace, console: rich.console.Console) -> None:
-    """Blocks until the server is told to stop.
-
-    Raises: InputError when the bundle cannot be loaded, the port is taken, or the self-test fails.
-    """
-    listener = _listen(options.host, options.port)
+def _make_engine(options: argparse.Namespace) -> Engine:
+    """Raises: InputError when the bundle cannot be loaded."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
-    jax.config.update("jax_compilation_cache_dir", str(cache_dir() / "xla"))
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
-    bundle = load_bundle(options.bundle)
+    dtype = options.dtype or ("float32" if jax.default_backend() == "cpu" else "bfloat16")
+    bundle = load_bundle(options.bundle, dtype=dtype)
     if options.lattice is not None:
         bundle = dataclasses.replace(bundle, lattice=load_lattice(options.lattice, bundle.lattice))
-    engine = Engine(
+    return Engine(
         bundle,
         Telemetry(),
         max_queue_tokens=options.max_queue_tokens,
@@ -112,6 +119,44 @@ def serve(options: argparse.Namespace, console: rich.console.Console) -> None:
         is_batch_invariant=options.batch_invariant,
         lengths=None if options.record_lengths is None else LengthLog(options.record_lengths),
     )
+
+
+def _use_cache(folder: Path) -> None:
+    jax.config.update("jax_compilation_cache_dir", str(folder))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+
+
+def save_programs(options: argparse.Namespace, console: rich.console.Console) -> None:
+    """Compiles and checks everything that the server would, and leaves the programs in the bundle's folder.
+
+    Raises: InputError when the bundle cannot be loaded or written to, or the self-test fails.
+    """
+    with saved_programs(options.bundle) as folder:
+        _use_cache(folder)
+        engine = _make_engine(options)
+        try:
+            engine.prepare()
+        except Exception:  # whatever it is, it is told in one line
+            raise InputError(f"not saved: {engine.failure}") from None
+        finally:
+            engine.close()
+    console.print(f"{engine.num_programs} programs for machines like this one are in the bundle's folder")
+
+
+def serve(options: argparse.Namespace, console: rich.console.Console) -> None:
+    """Blocks until the server is told to stop.
+
+    Raises: InputError when the bundle cannot be loaded, the port is taken, or the self-test fails.
+    """
+    listener = _listen(options.host, options.port)
+    cache = cache_dir() / "xla"
+    _use_cache(cache)
+    try:
+        if num_programs := load_programs(options.bundle, cache):
+            console.print(f"{num_programs} compiled programs came with the bundle")
+    except InputError as error:
+        console.print(f"warning: {error}; compiling instead", soft_wrap=True, markup=False)
+    engine = _make_engine(options)
     address = f"http://{options.host}:{listener.getsockname()[1]}"
 
     def on_prepared() -> None:
@@ -139,7 +184,7 @@ def main() -> None:
     options = _parser().parse_args()
     console = rich.console.Console()
     try:
-        serve(options, console)
+        (save_programs if options.save_programs else serve)(options, console)
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)

@@ -167,7 +167,7 @@ def test_a_ranker_teaches_what_it_would_answer(world):
     def slope(student_logits):
         return jax.grad(lambda logits: config.loss.of_logits(logits, labelled, answers)[0])(student_logits)
 
-    assert jnp.abs(slope(answers)).max() < 1e-6  # measured 3e-8
+    assert jnp.abs(slope(answers)).max() < 1e-6  # measured 3.7e-8
     assert jnp.abs(slope(1.5 * answers)).max() > 1e-4
 
 
