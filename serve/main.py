@@ -124,6 +124,8 @@ def _make_engine(options: argparse.Namespace) -> Engine:
 def _use_cache(folder: Path) -> None:
     jax.config.update("jax_compilation_cache_dir", str(folder))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+    # where XLA keeps autotuning results, below the folder, would be part of every program's key
+    jax.config.update("jax_persistent_cache_enable_xla_caches", "none")
 
 
 def save_programs(options: argparse.Namespace, console: rich.console.Console) -> None:
