@@ -46,7 +46,10 @@ def test_a_server_with_programs_compiles_nothing(bundle, tmp_path):
     saved = entries(bundle / PROGRAMS / machine_name())
     assert len(saved) > 5
     assert f"{len(saved)} compiled programs came with the bundle" in log.read_text()
-    assert entries(bundle.parent / "cache" / "xla").keys() == saved.keys()
+    added = entries(bundle.parent / "cache" / "xla").keys() - saved.keys()
+    assert not [
+        name for name in added if not name.startswith("jit_top_k-")
+    ]  # which bm25s tries when it is imported
 
 
 def test_damaged_programs_are_said_and_not_used(bundle, tmp_path):
