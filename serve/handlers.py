@@ -109,8 +109,7 @@ class Service:
                     "probabilities over the whole vocabulary do not exist"
                 )
             texts = [value for value in (body.query, *body.items) if isinstance(value, str)]
-            request = await self._host(call, texts, self._raw_request, body)
-            scored = await self._score(call, request)
+            scored = await self._run(call, await self._host(call, texts, self._raw_job, body))
             scores = {"scores": softmax(scored.logits).tolist()}
         return {**scores, "object": "scoring", "model": self._model, "usage": scored.usage()}
 
@@ -237,7 +236,7 @@ class Service:
             message = f"the request has {tokens} tokens, at most {limit} are allowed; split it"
             raise RequestError(413, message, code="too_many_tokens")
 
-    def _raw_request(self, body: ScoreBody) -> ScoreRequest:
+    def _raw_job(self, body: ScoreBody) -> Job:
         """Query and items as they are, special tokens parsed: the client has its own template."""
         tokenizer = self.engine.bundle.ranker.tokenizer
 
@@ -255,24 +254,27 @@ class Service:
         scorer = self.engine.scorer
         prefix = encoded(body.query, scorer.lattice.max_prefix_tokens)
         items = [encoded(item, scorer.lattice.max_item_tokens) for item in body.items]
-        return ScoreRequest(tuple(prefix), items, tuple(body.label_token_ids or ()))
+        return self._score_job(ScoreRequest(tuple(prefix), items, tuple(body.label_token_ids or ())))
 
     async def _score_texts(self, call: Call, query: str, texts: Sequence[str]) -> tuple[Scored, list[bool]]:
         """Scores documents with the ranker's prompt; also which of them were cut."""
         self._check_query(query)
-        request = self.engine.bundle.ranker.request
-        prompt = await self._host(call, [query, *texts], request, query, texts)
-        self.engine.telemetry.truncated_items.inc(sum(prompt.truncated))
-        return await self._score(call, ScoreRequest(prompt.prefix, prompt.items)), prompt.truncated
+        job, truncated = await self._host(call, [query, *texts], self._text_job, query, texts)
+        self.engine.telemetry.truncated_items.inc(sum(truncated))
+        return await self._run(call, job), truncated
 
-    async def _score(self, call: Call, request: ScoreRequest) -> Scored:
+    def _text_job(self, query: str, texts: Sequence[str]) -> tuple[Job, list[bool]]:
+        prompt = self.engine.bundle.ranker.request(query, texts)
+        return self._score_job(ScoreRequest(prompt.prefix, prompt.items)), prompt.truncated
+
+    def _score_job(self, request: ScoreRequest) -> Job:
         self._check_tokens(len(request.prefix) + sum(map(len, request.items)))
-        return await self._run(call, self.engine.score_job(request))
+        return self.engine.score_job(request)
 
     async def _host(
         self, call: Call, texts: Sequence[str], function: Callable[..., Any], *arguments: Any
     ) -> Any:
-        """Tokenises `texts` in a thread, timed as "tokenize". Raises: QueueFull before, where they would not fit."""
+        """Does what depends on `texts` in a thread, timed as "tokenize". Raises: QueueFull before, where no room is."""
         most = self.engine.scorer.lattice.max_item_tokens  # what is longer is cut
         tokens = sum(min(len(text) // CHARACTERS_PER_TOKEN, most) for text in texts)
         self.engine.batcher.check_room(tokens, arriving=self._arriving_tokens, deadline=call.deadline)

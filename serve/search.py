@@ -104,9 +104,9 @@ class Searcher:
         scored, truncated = None, set[int]()
         if depth:
             mark = time.perf_counter()
-            request, truncated = await self._host(self._prompt, body.query, candidates.positions[:depth])
+            job, truncated = await self._host(self._score_job, body.query, candidates.positions[:depth])
             stages["tokenize"] = time.perf_counter() - mark
-            outcome = await run(self.engine.score_job(request))
+            outcome = await run(job)
             scored = outcome.value
             stages["rank"] = outcome.compute_seconds
             stages["queue"] = stages.get("queue", 0.0) + outcome.queue_seconds
@@ -168,8 +168,8 @@ class Searcher:
         order = sorted(fused, key=lambda position: (-fused[position], position))[:depth]
         return Candidates(order, [fused[position] for position in order], sources)
 
-    def _prompt(self, query: str, positions: Sequence[int]) -> tuple[ScoreRequest, set[int]]:
-        """The scoring request, and which positions had their text cut; a document is tokenised once, ever."""
+    def _score_job(self, query: str, positions: Sequence[int]) -> tuple[Job, set[int]]:
+        """The scoring job, and which positions had their text cut; a document is tokenised once, ever."""
         ranker = self.bundle.ranker
         new = [position for position in positions if position not in self._items]
         documents = self.bundle.documents
@@ -178,7 +178,8 @@ class Searcher:
         for position, item, is_cut in zip(new, prompt.items, prompt.truncated, strict=True):
             self._items[position] = (item, is_cut)
         items = [self._items[position][0] for position in positions]
-        return ScoreRequest(prompt.prefix, items), {p for p in positions if self._items[p][1]}
+        job = self.engine.score_job(ScoreRequest(prompt.prefix, items))
+        return job, {p for p in positions if self._items[p][1]}
 
     def _results(
         self, body: SearchBody, candidates: Candidates, logits: np.ndarray | None, truncated: set[int]

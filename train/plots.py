@@ -94,11 +94,16 @@ def curves(records: Sequence[Mapping[str, float]]) -> str:
 
 
 def plot_tradeoff(path: str | Path, rows: Sequence[Mapping[str, Any]]) -> None:
-    """Speed against NDCG@10 with both spreads; what no other row beats in both is joined by a line."""
+    """Speed against NDCG@10 with both spreads; what no other row beats in both is joined by a line.
+
+    Where a cut was healed for several numbers of steps, beside it the difference that is left after each.
+    """
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(8, 5), layout="constrained")
-    axis = figure.subplots()
+    curve = _longest_curve(rows)
+    figure = Figure(figsize=(12 if curve else 8, 5), layout="constrained")
+    axes = figure.subplots(1, 2, squeeze=False, width_ratios=(3, 2))[0] if curve else [figure.subplots()]
+    axis = axes[0]
     best, front = float("-inf"), []
     for row in sorted(rows, key=lambda row: -row["speed"]["median"]):
         if row["ndcg@10"][0] > best:
@@ -107,7 +112,7 @@ def plot_tradeoff(path: str | Path, rows: Sequence[Mapping[str, Any]]) -> None:
     axis.plot(*zip(*front, strict=True), color="0.75", zorder=1)
     for row in rows:
         (value, low, high), speed = row["ndcg@10"], row["speed"]
-        x, color = speed["median"], "#0b6e4f" if row["is_healed"] else "#3b6ea5"
+        x, color = speed["median"], _healed_color(row)
         axis.errorbar(
             x,
             value,
@@ -115,7 +120,7 @@ def plot_tradeoff(path: str | Path, rows: Sequence[Mapping[str, Any]]) -> None:
             yerr=[[value - low], [high - value]],
             fmt="o",
             color=color,
-            markerfacecolor=color if row["is_healed"] else "white",
+            markerfacecolor=color if row["heal_steps"] else "white",
             ecolor="0.8",
             zorder=2,
         )
@@ -125,8 +130,44 @@ def plot_tradeoff(path: str | Path, rows: Sequence[Mapping[str, Any]]) -> None:
     axis.set_xlabel("speed, the whole ranker = 1", color="0.35", fontsize=9)
     axis.set_ylabel("NDCG@10, 95 % interval over queries", color="0.35", fontsize=9)
     axis.set_title("Pruned rankers; filled: healed", loc="left", fontweight="bold")
-    axis.spines[["top", "right"]].set_visible(False)
+    if curve:
+        _plot_healing(axes[1], curve)
+    for each in axes:
+        each.spines[["top", "right"]].set_visible(False)
     figure.savefig(path, dpi=160, facecolor="white")
+
+
+def _healed_color(row: Mapping[str, Any]) -> str:
+    return "#0b6e4f" if row["heal_steps"] else "#3b6ea5"
+
+
+def _longest_curve(rows: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+    """The rows of the cut that was healed most often, by their steps; empty where none was healed twice."""
+    cuts: dict[tuple, list[Mapping[str, Any]]] = {}
+    for row in rows:
+        cuts.setdefault(tuple(row[name] for name in ("layers", "mlp_dim", "heads", "method")), []).append(row)
+    curve = max(cuts.values(), key=len)
+    return sorted(curve, key=lambda row: row["heal_steps"]) if len(curve) > 2 else []
+
+
+def _plot_healing(axis: Any, curve: Sequence[Mapping[str, Any]]) -> None:
+    """Each number of steps at a place of its own: they grow by factors, and 0 is one of them."""
+    for place, row in enumerate(curve):
+        value, low, high = row["difference"]
+        color = _healed_color(row)
+        axis.errorbar(
+            place, value, yerr=[[value - low], [high - value]], fmt="o", color=color, ecolor="0.8",
+            markerfacecolor=color if row["heal_steps"] else "white", zorder=2,
+        )  # fmt: skip
+    axis.plot([row["difference"][0] for row in curve], color="0.75", zorder=1)
+    axis.axhline(0, color="0.4", linewidth=0.9, linestyle=(0, (4, 3)))
+    axis.set_xticks(range(len(curve)), [str(row["heal_steps"]) for row in curve])
+    axis.set_xlabel("steps of healing", color="0.35", fontsize=9)
+    axis.set_ylabel("NDCG@10, difference from the whole ranker", color="0.35", fontsize=9)
+    shape = curve[0]
+    axis.set_title(
+        f"{shape['layers']} layers of {shape['mlp_dim']} neurons", loc="left", fontweight="bold", fontsize=10
+    )
 
 
 KIND_COLORS = {"torch": "0.45", "ours": "#3b6ea5", "pruned": "#0b6e4f", "neighbour": "#b36a1d"}

@@ -218,7 +218,7 @@ def main(config: SweepConfig, workdir: Path) -> None:
     folders = {WHOLE: Path(config.prune.ranker)}
     folders |= {point.name: make_point(config, point, workdir) for point in config.points}
     num_queries, rows = measure(config, folders, collection, vertical, retriever)
-    steps = {point.name: point.heal_steps for point in config.points}
+    points = {point.name: point for point in config.points} | {WHOLE: Point(WHOLE)}
     report = {
         "date": datetime.date.today().isoformat(),
         "device": jax.devices()[0].device_kind,
@@ -227,7 +227,10 @@ def main(config: SweepConfig, workdir: Path) -> None:
         "num_queries": num_queries,
         "depth": config.depth,
         "repeats": config.repeats,
-        "rows": [row | {"heal_steps": steps.get(row["name"], 0)} for row in rows],
+        "rows": [
+            row | {"method": points[row["name"]].method, "heal_steps": points[row["name"]].heal_steps}
+            for row in rows
+        ],
     }
     write_json(workdir / "report.json", report)
     (workdir / "report.md").write_text(markdown(report), encoding="utf-8")
