@@ -3,7 +3,8 @@
 A request's prefix stands first and its items behind it; a token attends to what precedes it in its own text and, in an
 item, to all of its request's prefix. Requests start at multiples of `BLOCK_TOKENS`, so that a block of queries has one
 prefix. Each group of blocks reads windows of keys just large enough for it: what is computed follows the lengths that
-there are, and a program depends on the launch's size alone. Who fills launches: `scoring.packing`.
+there are, and a program depends on the launch's size alone. Who fills launches: `scoring.packing`; the same as one
+kernel, for accelerators: `packed_kernel`.
 """
 
 import math
@@ -15,6 +16,7 @@ from jaxtyping import Array, Float, Int
 
 from jaxsearch.nn.attention import EMPTY_LSE, attention_with_lse, merge_attention
 from jaxsearch.nn.layers import matmul_precision
+from jaxsearch.nn.packed_kernel import attend_blocks, form_here
 
 BLOCK_TOKENS = 64
 GROUP_BLOCKS = 2
@@ -54,12 +56,55 @@ def packed_attention(
     seen: PackedQueries,
     windows: tuple[tuple[int, int], ...],
     base: tuple[Float[Array, "s k h"], Float[Array, "s k h"]] | None = None,
+    use_kernel: bool = False,
 ) -> Float[Array, "m k g h"]:
     """Attention of every query to what `seen` says, and to all keys of `base`, which every request begins with.
 
     Args: `windows` are (own, prefix) numbers of keys that a block may read. Queries of groups that are not computed
-        get 0. The result has the queries' dtype; equal to dense attention (fp32: 1e-6).
+        get 0. `use_kernel` takes `packed_kernel` where the queries are the launch's own, one for each key.
+        The result has the queries' dtype; equal to dense attention (fp32: 1e-6).
     """
+    kept = queries.dtype if base is None else jnp.dtype(jnp.float32)
+    if use_kernel and queries.shape[0] == keys.shape[0]:
+        attended, lse = _attend_by_kernel(queries, keys, values, seen, kept)
+    else:
+        attended, lse = _attend_by_groups(queries, keys, values, seen, windows, kept)
+    if base is None:
+        return attended
+    everywhere = jnp.ones((1, base[0].shape[0]), bool)
+    first, first_lse = attention_with_lse(queries, *base, everywhere)
+    return merge_attention(first, first_lse, attended, lse).astype(queries.dtype)
+
+
+def _attend_by_kernel(
+    queries: Array, keys: Array, values: Array, seen: PackedQueries, kept: jnp.dtype
+) -> tuple[Array, Array]:
+    """Attended values in the dtype `kept`, and their log-sum-exp."""
+    form, is_interpreted = form_here()
+    return attend_blocks(
+        queries,
+        keys,
+        values,
+        starts=seen.starts,
+        prefix_lengths=seen.prefix_lengths,
+        block_starts=seen.block_starts,
+        block_prefixes=seen.block_prefixes,
+        num_blocks=seen.num_groups * (seen.block_starts.shape[0] // seen.windows.shape[0]),
+        dtype=kept,
+        form=form,
+        is_interpreted=is_interpreted,
+    )
+
+
+def _attend_by_groups(
+    queries: Array,
+    keys: Array,
+    values: Array,
+    seen: PackedQueries,
+    windows: tuple[tuple[int, int], ...],
+    kept: jnp.dtype,
+) -> tuple[Array, Array]:
+    """As `_attend_by_kernel`, for any queries: a product for each group and the window that it needs."""
     num_groups, num_blocks = seen.windows.shape[0], seen.block_starts.shape[0]
     blocks, size = num_blocks // num_groups, queries.shape[0] // num_blocks
     grouped = queries.reshape(num_groups, blocks, size, *queries.shape[1:])
@@ -87,16 +132,9 @@ def packed_attention(
             for into, part in zip(done, found, strict=True)
         )
 
-    kept = queries.dtype if base is None else jnp.float32
     done = jnp.zeros(grouped.shape, kept), jnp.zeros(grouped.shape[:-1], jnp.float32)
     attended, lse = jax.lax.fori_loop(0, seen.num_groups, step, done)
-    attended = attended.reshape(queries.shape)
-    if base is None:
-        return attended
-    lse = lse.reshape(queries.shape[:-1])
-    everywhere = jnp.ones((1, base[0].shape[0]), bool)
-    first, first_lse = attention_with_lse(queries, *base, everywhere)
-    return merge_attention(first, first_lse, attended, lse).astype(queries.dtype)
+    return attended.reshape(queries.shape), lse.reshape(queries.shape[:-1])
 
 
 def _attend(queries: Array, keys: Array, values: Array, bias: Array) -> tuple[Array, Array]:

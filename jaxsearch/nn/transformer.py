@@ -300,6 +300,7 @@ class Decoder(nnx.Module):
         prompts: PackedPrompts,
         windows: tuple[tuple[int, int], ...],
         base: KeyValues | None = None,
+        use_kernel: bool = False,
     ) -> Float[Array, "m d"]:
         """Hidden states at the ends of a launch's items, each as if it stood alone behind its prefix; for scoring.
 
@@ -307,13 +308,12 @@ class Decoder(nnx.Module):
         the stack would.
 
         Args:
-            windows: of `packed_attention`.
+            windows, use_kernel: of `packed_attention`.
             base: keys and values of a text that all prefixes begin with, and that the tokens leave out.
         """
         rotation = self._rotation(prompts.positions)
         structure, stacked = nnx.split(self.layers)
         per_layer = () if base is None else (base.k[:, 0], base.v[:, 0])
-        ends = prompts.ends.places
 
         def run_layer(index: int | Array, hidden: Array, places: Array | None = None) -> Array:
             weights, extra = jax.tree.map(
@@ -322,13 +322,13 @@ class Decoder(nnx.Module):
             seen = prompts.seen if places is None else prompts.ends
 
             def attend(queries, keys, values):
-                return packed_attention(queries, keys, values, seen, windows, extra or None)
+                return packed_attention(queries, keys, values, seen, windows, extra or None, use_kernel)
 
             return nnx.merge(structure, weights)(hidden, rotation, attend, places)[0]
 
         last = self.config.num_layers - 1
         hidden = jax.lax.fori_loop(0, last, run_layer, self.embed_tokens(prompts.tokens))
-        return self.norm(run_layer(last, hidden, ends))
+        return self.norm(run_layer(last, hidden, prompts.ends.places))
 
     def logits(
         self,

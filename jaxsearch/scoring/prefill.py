@@ -43,6 +43,7 @@ class PrefillScorer:
       base: tokens that every request's prefix begins with; computed once.
       is_batch_invariant: one shape and one place for all: a score is the same bit for bit whatever runs beside it,
         for more padding.
+      use_kernel: attention by `nn.packed_kernel`, for accelerators; on CPU it is interpreted, which is slow.
     """
 
     def __init__(
@@ -53,12 +54,13 @@ class PrefillScorer:
         *,
         base: Sequence[int] = (),
         is_batch_invariant: bool = False,
+        use_kernel: bool = False,
     ) -> None:
         self._graph, weights = nnx.split(decoder)
         self._weights = on_one_device(weights)
         self._vocab_size = decoder.config.vocab_size
         self.label_token_ids = self._checked_labels(label_token_ids)
-        self.lattice, self.base = lattice, tuple(base)
+        self.lattice, self.base, self.use_kernel = lattice, tuple(base), use_kernel
         self.shapes = Shapes(lattice, is_batch_invariant=is_batch_invariant)
         if self.base and is_batch_invariant:
             raise InputError("a base and batch invariance do not go together: leave the base in the prefixes")
@@ -194,7 +196,7 @@ class PrefillScorer:
     def _compiled(self, size: int) -> Callable[..., Any]:
         structure = self.shapes.structure(size)
         leaves = jax.tree.leaves(structure, is_leaf=lambda node: type(node) is tuple)
-        run = functools.partial(_run, self._graph, structure, self.shapes.windows)
+        run = functools.partial(_run, self._graph, structure, self.shapes.windows, self.use_kernel)
         lowered = jax.jit(run).lower(
             *self._state(),
             jax.ShapeDtypeStruct((sum(int(np.prod(shape)) for shape in leaves),), jnp.int32),
@@ -222,11 +224,12 @@ def _run(
     graph: Any,
     structure: PackedPrompts,
     windows: tuple[tuple[int, int], ...],
+    use_kernel: bool,
     weights: Any,
     base: KeyValues | None,
     ints: Int[Array, "ints"],
     label_token_ids: Int[Array, "m labels"],
 ) -> Float[Array, "m labels"]:
     decoder = nnx.merge(graph, weights)
-    hidden = decoder.read_packed(unpack(ints, structure), windows, base)
+    hidden = decoder.read_packed(unpack(ints, structure), windows, base, use_kernel)
     return decoder.logits(hidden, label_token_ids)
