@@ -3,10 +3,10 @@
 import jax
 import pytest
 from hypothesis import given, settings
-from tests.launches import SHAPES, check, sizes_of_requests
 
 from jaxsearch.nn.packed import packed_attention
 from jaxsearch.scoring.packing import Shapes
+from tests.launches import SHAPES, check, sizes_of_requests
 
 TOLERANCE = {"float32": 2e-6, "bfloat16": 0.03}  # measured maximum over 40 launches each: 7.2e-7, 0.016
 

@@ -12,7 +12,6 @@ where a kernel is built: servers on CPU do without. Used by `packed`, which has 
 
 import functools
 import math
-from collections.abc import Callable
 from typing import Any, Literal
 
 import jax
@@ -24,8 +23,6 @@ from jaxsearch.nn.attention import EMPTY_LSE
 from jaxsearch.nn.layers import matmul_precision
 
 Form = Literal["tpu", "gpu"]
-KEY_BLOCKS: dict[Form, int] = {"tpu": 128, "gpu": 64}
-"""Keys in one product: a row of lanes on TPU; on GPU as many as leave registers for what is carried."""
 VMEM_BYTES = 8 << 20
 """For all but keys and values, which take their own size twice: the next head's are fetched beside them."""
 
@@ -34,6 +31,13 @@ def form_here() -> tuple[Form, bool]:
     """The form for this backend, and whether it is interpreted: where there is neither TPU nor GPU."""
     backend = jax.default_backend()
     return ("tpu" if backend == "tpu" else "gpu"), backend == "cpu"
+
+
+def key_block_of(form: Form, dtype: DTypeLike) -> int:
+    """Keys in one product: a row of lanes on TPU; on GPU as many as registers hold beside what is carried."""
+    if form == "tpu":
+        return 128
+    return 16 if jnp.dtype(dtype) == jnp.float32 else 64
 
 
 def attend_blocks(
@@ -58,11 +62,11 @@ def attend_blocks(
     Returns: attended values in `dtype`, log-sum-exp in float32.
     Accuracy: against dense attention as the XLA form, measured in `tests/test_packed_kernel.py`.
     """
-    size, key_block = len(starts) // len(block_starts), KEY_BLOCKS[form]
+    size, key_block = len(starts) // len(block_starts), key_block_of(form, keys.dtype)
     assert len(keys) >= key_block, f"{len(keys)} keys are fewer than a key block of {key_block}"
     reads = _reads(prefix_lengths, block_starts, block_prefixes, num_blocks, key_block)
     build = _tpu_call if form == "tpu" else _gpu_call
-    return build(queries, keys, values, starts, prefix_lengths, reads, size, dtype, is_interpreted)
+    return build(queries, keys, values, starts, prefix_lengths, reads, size, key_block, dtype, is_interpreted)
 
 
 def _reads(
@@ -118,7 +122,7 @@ def _attend(
         def step(index: Array, carry: tuple) -> tuple:
             peak, total, mixed = carry
             wanted = first + index * key_block
-            start = pl.multiple_of(jnp.minimum(wanted, keys.shape[0] - key_block), size)
+            start = pl.multiple_of(jnp.minimum(wanted, keys.shape[0] - key_block), math.gcd(size, key_block))
             places = start + jax.lax.broadcasted_iota(jnp.int32, (1, key_block), 1)
             is_seen = (places >= jnp.maximum(low, wanted)) & (places < high)
             scores = jax.lax.dot_general(
@@ -162,6 +166,7 @@ def _gpu_call(
     prefix_lengths: Array,
     reads: Array,
     size: int,
+    key_block: int,
     dtype: DTypeLike,
     is_interpreted: bool,
 ) -> tuple[Array, Array]:
@@ -174,7 +179,7 @@ def _gpu_call(
     per_head = pl.BlockSpec((count, None, width), lambda block, head, tile: (0, head, 0))
     per_rows = pl.BlockSpec((size, None, heads, width), lambda block, head, tile: (block, head, tile, 0))
     call = pl.pallas_call(
-        functools.partial(_attend, block_axis=0, head_axis=1, key_block=KEY_BLOCKS["gpu"]),
+        functools.partial(_attend, block_axis=0, head_axis=1, key_block=key_block),
         grid=(count // size, num_kv_heads, groups // heads),
         in_specs=[
             pl.BlockSpec(reads.shape, lambda block, head, tile: (0, 0)),
@@ -207,6 +212,7 @@ def _tpu_call(
     prefix_lengths: Array,
     reads: Array,
     size: int,
+    key_block: int,
     dtype: DTypeLike,
     is_interpreted: bool,
 ) -> tuple[Array, Array]:
@@ -220,7 +226,7 @@ def _tpu_call(
     per_rows = pl.BlockSpec((None, groups, size, width), lambda head, block, reads: (head, 0, block, 0))
     lse_spec = pl.BlockSpec((None, None, groups, size), lambda head, block, reads: (head, block, 0, 0))
     call = pl.pallas_call(
-        functools.partial(_attend, block_axis=1, head_axis=0, key_block=KEY_BLOCKS["tpu"]),
+        functools.partial(_attend, block_axis=1, head_axis=0, key_block=key_block),
         grid_spec=tpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=1,
             grid=(num_kv_heads, blocks),
