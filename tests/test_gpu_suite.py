@@ -17,9 +17,10 @@ def numbers(value):
 def test_every_figure_is_measured(tmp_path):
     gpu_suite.main(config.quick(), tmp_path)
     figures = json.loads((tmp_path / "report.json").read_text())["figures"]
-    assert figures.keys() >= {"parity", "training", "scoring", "retrieval"}
+    assert figures.keys() >= {"parity", "training", "scoring", "retrieval", "attention"}
     found = list(numbers(figures))
     assert len(found) > 10
     assert all(math.isfinite(value) and value > 0 for value in found)
     assert figures["parity"]["shared_prefix_max_error"] < 1e-6  # measured 1.2e-7
+    assert figures["attention"]["kernel_max_error"] < 0.02  # measured 0.0051
     assert (tmp_path / "report.md").read_text().startswith("#")

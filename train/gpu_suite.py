@@ -1,14 +1,16 @@
-"""What to run on an accelerator, in one command: parity, training, scoring, retrieval, then a recipe.
+"""What to run on an accelerator, in one command: parity, training, scoring, attention, retrieval, then a recipe.
 
     python -m train.gpu_suite --config configs/gpu_suite.py --workdir work/gpu_suite
 
-Each figure is measured in this process on random weights of the stated shape.
-Writes `report.json` and `report.md`. `--quick` is a tiny shape that any CPU runs in a minute. Needs neither grain,
-tensorflow-datasets, scann, bm25s nor a web framework.
+Each figure is measured in this process on random weights of the stated shape. Scoring is measured without and with the
+attention kernel; on CPU, where a kernel is interpreted, its error alone. Writes `report.json` and `report.md`, after
+every section. `--quick` is a tiny shape that any CPU runs in a minute. Needs neither grain, tensorflow-datasets, scann,
+bm25s nor a web framework.
 """
 
 import dataclasses
 import datetime
+import functools
 import statistics
 import subprocess
 import sys
@@ -24,10 +26,12 @@ from flax import nnx
 from jaxsearch.buckets import Lattice
 from jaxsearch.files import write_json
 from jaxsearch.nn.layers import last_hidden
+from jaxsearch.nn.packed import PackedQueries, packed_attention
 from jaxsearch.nn.transformer import Decoder, DecoderConfig
 from jaxsearch.ranker import Ranker, RankerBatch, RankerLoss
 from jaxsearch.retrieval.exact import ExactIndex
-from jaxsearch.scoring.prefill import PrefillScorer, ScoreRequest
+from jaxsearch.scoring.packing import Launch, ScoreRequest, Shapes, unpack
+from jaxsearch.scoring.prefill import PrefillScorer
 from train.config import Count
 from train.options import run
 from train.speed import commit, flops_per_token, matmul_rates, spread, timed
@@ -161,17 +165,18 @@ def training(config: GpuSuiteConfig, peak: float) -> dict[str, Any]:
     }
 
 
-def scoring(config: GpuSuiteConfig, peak: float) -> dict[str, Any]:
-    """Items/s of the prefill scorer in bf16, each request with a new prefix, and p95 latency of a small request."""
-    scorer = PrefillScorer(
-        new_decoder(config, jnp.bfloat16),
-        LABEL_IDS,
-        Lattice.for_prompts(
-            max_prefix_tokens=config.prefix_tokens,
-            max_item_tokens=config.item_tokens,
-            max_batch_tokens=config.max_batch_tokens,
-        ),
+def lattice_of(config: GpuSuiteConfig) -> Lattice:
+    return Lattice.for_prompts(
+        max_prefix_tokens=config.prefix_tokens,
+        max_item_tokens=config.item_tokens,
+        max_batch_tokens=config.max_batch_tokens,
     )
+
+
+def scoring(config: GpuSuiteConfig, peak: float, *, use_kernel: bool = False) -> dict[str, Any]:
+    """Items/s of the prefill scorer in bf16, each request with a new prefix, and p95 latency of a small request."""
+    decoder = new_decoder(config, jnp.bfloat16)
+    scorer = PrefillScorer(decoder, LABEL_IDS, lattice_of(config), use_kernel=use_kernel)
     rng = np.random.default_rng(0)
 
     def request(count: int) -> ScoreRequest:
@@ -189,6 +194,46 @@ def scoring(config: GpuSuiteConfig, peak: float) -> dict[str, Any]:
         "p95_milliseconds": float(np.percentile(small, 95)) * 1e3,
         "p50_milliseconds": float(np.percentile(small, 50)) * 1e3,
     }
+
+
+def attention(config: GpuSuiteConfig) -> dict[str, Any]:
+    """Of a full launch: all layers' attention alone in bf16, as XLA operations and as the kernel.
+
+    Errors are the largest differences from float32 in one layer, of values near 1.
+    """
+    shapes = Shapes(lattice_of(config))
+    launch = Launch(shapes)
+    request = ScoreRequest((0,) * config.prefix_tokens, [[0] * config.item_tokens] * config.items)
+    while launch.add(0, request, list(range(config.items))):
+        pass
+    size = launch.padded_tokens
+    seen = unpack(jnp.asarray(launch.arrays()[0]), shapes.structure(size)).seen
+    groups = config.num_heads // config.num_kv_heads
+    shape = (size, config.num_kv_heads, groups + 2, config.head_dim)
+    heads = jax.random.normal(jax.random.key(0), shape, jnp.bfloat16)
+    queries, keys, values = heads[:, :, :groups], heads[:, :, groups], heads[:, :, groups + 1]
+
+    def layers(count: int, use_kernel: bool) -> Callable[..., jax.Array]:
+        @jax.jit
+        def attend(seen: PackedQueries, queries: jax.Array, keys: jax.Array, values: jax.Array) -> jax.Array:
+            def step(_: Any, queries: jax.Array) -> jax.Array:
+                return packed_attention(queries, keys, values, seen, shapes.windows, None, use_kernel)
+
+            return jax.lax.fori_loop(0, count, step, queries)
+
+        return attend
+
+    full = [each.astype(jnp.float32) for each in (queries, keys, values)]
+    exact = layers(1, False)(seen, *full)
+    figures: dict[str, Any] = {"tokens": launch.num_tokens}
+    for name, use_kernel in (("xla", False), ("kernel", True)):
+        found = layers(1, use_kernel)(seen, queries, keys, values)
+        figures[f"{name}_max_error"] = float(jnp.max(jnp.abs(found.astype(jnp.float32) - exact)))
+        if jax.default_backend() != "cpu" or not use_kernel:
+            run_ = layers(config.num_layers, use_kernel)
+            seconds = timed(functools.partial(run_, seen, queries, keys, values), config.repeats)
+            figures[f"{name}_milliseconds"] = spread([1e3 * value for value in seconds])
+    return figures
 
 
 def retrieval(config: GpuSuiteConfig) -> dict[str, Any]:
@@ -235,11 +280,10 @@ def main(config: GpuSuiteConfig, workdir: Path) -> None:
         "training": lambda: training(config, peak["median"]),
         "scoring": lambda: scoring(config, peak["median"]),
         "retrieval": lambda: retrieval(config),
+        "attention": lambda: attention(config),
     }
-    for name, measure in measurements.items():
-        print(f"measuring {name} …", flush=True)
-        figures[name] = measure()
-        jax.clear_caches()
+    if jax.default_backend() != "cpu":
+        measurements["scoring_with_kernel"] = lambda: scoring(config, peak["median"], use_kernel=True)
     report = {
         "date": datetime.date.today().isoformat(),
         "device": jax.devices()[0].device_kind,
@@ -249,8 +293,12 @@ def main(config: GpuSuiteConfig, workdir: Path) -> None:
         "config": dataclasses.asdict(config),
         "figures": figures,
     }
-    write_json(workdir / "report.json", report)
-    (workdir / "report.md").write_text(markdown(report), encoding="utf-8")
+    for name, measure in measurements.items():
+        print(f"measuring {name} …", flush=True)
+        figures[name] = measure()
+        jax.clear_caches()
+        write_json(workdir / "report.json", report)
+        (workdir / "report.md").write_text(markdown(report), encoding="utf-8")
     print(markdown(report))
     if config.recipe:
         command = ["-m", "train.demo", "--config", config.recipe, "--workdir", str(workdir / "recipe")]

@@ -6,7 +6,8 @@ the softmax carried along; its other keys cost nothing, and no window has to be 
 * "tpu" (Mosaic): grid [k blocks], what a block reads prefetched as scalars, a head's keys and values in VMEM;
 * "gpu" (Triton): grid [blocks k tiles of g], everything read where it lies, products of at most 128 rows.
 
-Both are checked in interpret mode and compiled without the device, and not yet run on hardware. Pallas is imported
+Both are checked in interpret mode and not yet run on hardware. Without a device they compile, "tpu" for v5e, v5p, v6e
+and v7x (v4 lacks an operation), "gpu" for compute capability 8.0 and 9.0, in float32 and bfloat16. Pallas is imported
 where a kernel is built: servers on CPU do without. Used by `packed`, which has the same function in XLA operations.
 """
 
@@ -62,11 +63,11 @@ def attend_blocks(
     Returns: attended values in `dtype`, log-sum-exp in float32.
     Accuracy: against dense attention as the XLA form, measured in `tests/test_packed_kernel.py`.
     """
-    size, key_block = len(starts) // len(block_starts), key_block_of(form, keys.dtype)
+    key_block = key_block_of(form, keys.dtype)
     assert len(keys) >= key_block, f"{len(keys)} keys are fewer than a key block of {key_block}"
     reads = _reads(prefix_lengths, block_starts, block_prefixes, num_blocks, key_block)
     build = _tpu_call if form == "tpu" else _gpu_call
-    return build(queries, keys, values, starts, prefix_lengths, reads, size, key_block, dtype, is_interpreted)
+    return build(queries, keys, values, starts, prefix_lengths, reads, dtype, is_interpreted)
 
 
 def _reads(
@@ -165,8 +166,6 @@ def _gpu_call(
     starts: Array,
     prefix_lengths: Array,
     reads: Array,
-    size: int,
-    key_block: int,
     dtype: DTypeLike,
     is_interpreted: bool,
 ) -> tuple[Array, Array]:
@@ -174,6 +173,7 @@ def _gpu_call(
     from jax.experimental.pallas import triton
 
     count, num_kv_heads, groups, width = queries.shape
+    size, key_block = count // reads.shape[1], key_block_of("gpu", keys.dtype)
     heads = math.gcd(groups, 2)  # a power of two that divides g: nothing is padded, and rows stay 128
     per_query = pl.BlockSpec((size,), lambda block, head, tile: (block,))
     per_head = pl.BlockSpec((count, None, width), lambda block, head, tile: (0, head, 0))
@@ -211,8 +211,6 @@ def _tpu_call(
     starts: Array,
     prefix_lengths: Array,
     reads: Array,
-    size: int,
-    key_block: int,
     dtype: DTypeLike,
     is_interpreted: bool,
 ) -> tuple[Array, Array]:
@@ -220,7 +218,8 @@ def _tpu_call(
     from jax.experimental.pallas import tpu
 
     count, num_kv_heads, groups, width = queries.shape
-    blocks = count // size
+    blocks = reads.shape[1]
+    size, key_block = count // blocks, key_block_of("tpu", keys.dtype)
     per_query = pl.BlockSpec((None, 1, size), lambda head, block, reads: (block, 0, 0))
     per_head = pl.BlockSpec((None, count, width), lambda head, block, reads: (head, 0, 0))
     per_rows = pl.BlockSpec((None, groups, size, width), lambda head, block, reads: (head, 0, block, 0))
