@@ -153,8 +153,7 @@ def _attend(
     )
     carry = read(reads[1, block], reads[2, block], prefix, after_prefix, carry)
     peak, total, mixed = read(reads[3, block], reads[4, block], own_start, after_own, carry)
-    is_empty = total == 0.0
-    total = jnp.where(is_empty, 1.0, total)
+    total = jnp.where(total == 0.0, 1.0, total)  # of a block that is not computed
     attended[...] = (mixed / total).astype(attended.dtype).reshape(shape)
     lse[...] = (peak + jnp.log(total)).reshape(shape[:2])
 
