@@ -77,6 +77,18 @@ def test_a_block_does_not_read_what_lies_far_from_its_texts(form, hidden, asking
     assert jnp.isnan(attended[hidden]).all()
 
 
+@pytest.mark.parametrize("form", ["tpu", "gpu"])
+def test_a_request_is_the_same_bit_for_bit_wherever_it_stands(form):
+    heads = jax.random.normal(jax.random.key(0), (160, 1, 4, 64))
+    found = []
+    for place, sizes in ((0, [(60, [100])]), (64, [(20, [30]), (60, [100])])):
+        prompts, size = prompts_of(sizes)
+        moved = jnp.zeros((size, 1, 4, 64)).at[place : place + 160].set(heads)
+        attended = by_kernel(moved[:, :, :2], moved[:, :, 2], moved[:, :, 3], prompts.seen, form=form)[0]
+        found.append(np.asarray(attended[place : place + 160]).tobytes())
+    assert found[0] == found[1]
+
+
 LATTICE = Lattice(Buckets([256]), max_prefix_tokens=64, max_item_tokens=40)
 BASE = (7, 8, 9)
 tokens = st.integers(0, QWEN3.vocab_size - 1)
