@@ -6,9 +6,10 @@ the softmax carried along; its other keys cost nothing, and no window has to be 
 * "tpu" (Mosaic): grid [k blocks], what a block reads prefetched as scalars, a head's keys and values in VMEM;
 * "gpu" (Triton): grid [blocks k tiles of g], everything read where it lies, products of at most 128 rows.
 
-Both are checked in interpret mode and not yet run on hardware. Without a device they compile, "tpu" for v5e, v5p, v6e
-and v7x (v4 lacks an operation), "gpu" for compute capability 8.0 and 9.0, in float32 and bfloat16. Pallas is imported
-where a kernel is built: servers on CPU do without. Used by `packed`, which has the same function in XLA operations.
+Both are checked in interpret mode and not yet run on hardware. Without a device they compile in float32 and bfloat16:
+"tpu" by libtpu 0.0.42 for v5e, v5p, v6e and v7x (v4 lacks an operation), "gpu" by Triton 3.9 (not XLA's own) for
+compute capability 8.0 and 9.0. Pallas is imported where a kernel is built: servers on CPU do without. Used by `packed`,
+which has the same function in XLA operations.
 """
 
 import functools
@@ -173,7 +174,7 @@ def _gpu_call(
 
     count, num_kv_heads, groups, width = queries.shape
     size, key_block = count // reads.shape[1], key_block_of("gpu", keys.dtype)
-    heads = math.gcd(groups, 2)  # a power of two that divides g: nothing is padded, and rows stay 128
+    heads = math.gcd(groups, 2)  # a power of two that divides g: nothing is padded
     per_query = pl.BlockSpec((size,), lambda block, head, tile: (block,))
     per_head = pl.BlockSpec((count, None, width), lambda block, head, tile: (0, head, 0))
     per_rows = pl.BlockSpec((size, None, heads, width), lambda block, head, tile: (block, head, tile, 0))
