@@ -71,11 +71,14 @@ class Bundle:
     known_answers: list[KnownAnswer]
     quality: list[dict[str, Any]]
 
-    def scorer(self, *, is_batch_invariant: bool = False) -> PrefillScorer:
+    def scorer(self, *, is_batch_invariant: bool = False, use_kernel: bool = False) -> PrefillScorer:
         """The ranker in the bundle's shapes."""
-        ranker = self.ranker
         return PrefillScorer(
-            ranker.decoder, ranker.label_ids, self.lattice, is_batch_invariant=is_batch_invariant
+            self.ranker.decoder,
+            self.ranker.label_ids,
+            self.lattice,
+            is_batch_invariant=is_batch_invariant,
+            use_kernel=use_kernel,
         )
 
 

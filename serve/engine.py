@@ -95,7 +95,7 @@ class Engine:
     Args:
       max_queue_tokens: tokens that may wait for the device; None means `QUEUE_BATCHES` largest launches.
       slo_seconds: requests that would probably be answered later than so are refused; None: none are.
-      is_batch_invariant: see `PrefillScorer`.
+      is_batch_invariant, use_kernel: see `PrefillScorer`.
       lengths: where the lengths of requests are recorded.
     """
 
@@ -107,6 +107,7 @@ class Engine:
         max_queue_tokens: int | None = None,
         slo_seconds: float | None = None,
         is_batch_invariant: bool = False,
+        use_kernel: bool = False,
         lengths: LengthLog | None = None,
     ) -> None:
         self.bundle = bundle
@@ -116,7 +117,7 @@ class Engine:
         self.failure: str | None = None
         self.started = time.time()
         self.ready_seconds: float | None = None
-        self.scorer = bundle.scorer(is_batch_invariant=is_batch_invariant)
+        self.scorer = bundle.scorer(is_batch_invariant=is_batch_invariant, use_kernel=use_kernel)
         self.num_retrieved = min(MAX_DEPTH, len(bundle.documents))
         self.slo_seconds = slo_seconds
         self.batcher = Batcher(

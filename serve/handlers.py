@@ -197,6 +197,7 @@ class Service:
             "ready_seconds": engine.ready_seconds,
             "lattice": bundle.lattice.to_json() | {"launches": list(engine.scorer.shapes.launches)},
             "dtype": bundle.dtype,
+            "use_kernel": engine.scorer.use_kernel,
             "is_batch_invariant": engine.scorer.shapes.is_batch_invariant,
             "limits": dataclasses.asdict(self.limits) | {"max_queue_tokens": engine.batcher.max_queue_tokens},
             "slo_ms": None if engine.slo_seconds is None else 1000 * engine.slo_seconds,

@@ -79,6 +79,11 @@ def _parser() -> argparse.ArgumentParser:
         action="store_true",
         help="compile, check, leave the programs in the bundle's folder for machines like this one, and end",
     )
+    parser.add_argument(
+        "--kernel",
+        action="store_true",
+        help="attention by one kernel, for TPU and GPU; compiled for them, not run on one yet",
+    )
     parser.add_argument("--lattice", help="sizes of launches that serve.plan fitted (default: the bundle's)")
     parser.add_argument(
         "--record-lengths", metavar="FILE", help="append every request's lengths, for serve.plan"
@@ -117,6 +122,7 @@ def _make_engine(options: argparse.Namespace) -> Engine:
         max_queue_tokens=options.max_queue_tokens,
         slo_seconds=None if options.slo_ms is None else options.slo_ms / 1000,
         is_batch_invariant=options.batch_invariant,
+        use_kernel=options.kernel,
         lengths=None if options.record_lengths is None else LengthLog(options.record_lengths),
     )
 

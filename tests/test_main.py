@@ -1,4 +1,4 @@
-"""The life of the server process: overload, SIGTERM under load, and a start that cannot be."""
+"""The life of the server process: its options, overload, SIGTERM under load, and a start that cannot be."""
 
 import concurrent.futures
 import signal
@@ -7,8 +7,10 @@ import subprocess
 import sys
 import time
 
+import numpy as np
 import pytest
 
+from jaxsearch.bundle import SCORE_TOLERANCE
 from tests.live_server import running, wait_until_ready
 from tests.tiny_bundle import write_tiny_bundle
 
@@ -62,6 +64,21 @@ def test_a_request_may_say_how_long_it_waits(bundle_directory, tmp_path):
             reply = client.post("/v1/rerank", json=body, headers={"x-timeout-ms": value})
             assert reply.status_code == status, value
             assert status != 400 or "x-timeout-ms must be a number of milliseconds" in reply.json()["message"]
+
+
+def test_precision_and_attention_are_chosen_at_the_start(bundle_directory, tmp_path):
+    body, scores = {"query": "a", "items": ["b", "c d e"]}, {}
+    for options, dtype, use_kernel in (
+        ((), "float32", False),
+        (("--dtype", "bfloat16", "--kernel"), "bfloat16", True),
+    ):
+        with running(bundle_directory, tmp_path / "log", *options) as (_, client):
+            wait_until_ready(client)
+            info = client.get("/info").json()
+            assert (info["dtype"], info["use_kernel"]) == (dtype, use_kernel)
+            scores[dtype] = np.array(client.post("/v1/score", json=body).json()["logits"])
+    difference = np.abs(scores["float32"] - scores["bfloat16"]).max()
+    assert 0 < difference < SCORE_TOLERANCE["bfloat16"]
 
 
 @pytest.fixture
