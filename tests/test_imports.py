@@ -45,11 +45,12 @@ OWNERS = {
     "array_record": ("jaxsearch.data.builders",),
     "bm25s": ("jaxsearch.retrieval.lexical",),
     "fastapi": ("serve",),
-    "gguf": ("jaxsearch.nn.gguf",),
+    "gguf": ("jaxsearch.nn.gguf", "train.llama_scorer"),
     "grain": ("jaxsearch.data.batches",),
     "httpx": ("serve",),
     "huggingface_hub": ("jaxsearch.data.assets",),
     "ir_measures": ("jaxsearch.metrics",),
+    "llama_cpp": ("train.llama_scorer",),
     "lmdb": (),
     "matplotlib": ("train.plots", "serve.load_report"),
     "jinja2": ("train.report_html",),
@@ -188,6 +189,8 @@ def test_the_library_and_the_launchers_import_where_heavy_libraries_are_absent(m
         heavy -= {"tensorflow_datasets"}
     if module in ("train.torch_peer", "train.torch_scorers"):
         heavy -= {"torch", "transformers"}
+    if module == "train.llama_scorer":
+        heavy -= {"gguf", "llama_cpp"}
     assert not heavy, f"importing {module} imports {heavy}"
 
 
