@@ -1,7 +1,7 @@
 """Scoring 50 documents a query beside torch: the demo's ranker (12 layers of SmolLM2), about 50 + 150 tokens.
 
 Command: python -m train.bench --config configs/bench.py --workdir work/bench
-         in the environment of `make parity` (it needs torch), or `make bench`
+         in the environment of `make parity` (it needs torch), or `make bench`; the extra `llama` adds llama.cpp
 Time: 7 minutes on two CPU cores, 10 where nothing was compiled before.
 Numbers: docs/results/bench.
 """

@@ -4,8 +4,8 @@
 
 All ways score the same requests, taking turns; their scores must agree. Ours build on one another: each item alone,
 items in batches with their whole prompts, and the shared prefix computed once. Afterwards random requests of all kinds
-must compile nothing. Needs torch: `make bench` runs it in the environment that has it. Writes `report.json` and
-`report.md`.
+must compile nothing. Needs torch: `make bench` runs it in the environment that has it; llama.cpp has its rows where the
+extra `llama` is installed. Writes `report.json` and `report.md`.
 """
 
 import dataclasses
@@ -36,13 +36,24 @@ from train.config import Count
 from train.inputs import load_base, load_data
 from train.options import progress, run, say
 from train.speed import commit, matmul_peak, spread, take_turns, weights_per_token
-from train.ways import Request, Way, check_agreement, missing_libraries, our_ways, their_ways
+from train.ways import (
+    Request,
+    Way,
+    check_agreement,
+    has_llama,
+    llama_ways,
+    missing_libraries,
+    our_ways,
+    their_ways,
+)
 
 COMPILE_EVENT = "/jax/core/compile/backend_compile_duration"
 LENGTH_SPREAD = 0.35
 """Standard deviation of the logarithm of a document's length; half of them are within 25 % of the middle."""
 REFERENCE, BASE = "transformers, one by one", "transformers, batches"
 """Whose scores the others must equal, and whose speed they are stated of."""
+PACKAGES, LLAMA = ("jax", "torch", "transformers", "sentence-transformers"), "llama-cpp-python"
+"""Whose versions the report states; without the last its rows are absent."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -127,7 +138,10 @@ def measure(config: BenchConfig, folder: Path) -> tuple[dict[str, int], list[dic
     lengths = [len(item) for request in requests for item in request.prompt.items]
     for dtype, ranker in rankers.items():
         ours = our_ways(ranker, max_batch_tokens=config.max_batch_tokens)
-        made = their_ways(ranker, folder / dtype, dtype) | {f"jaxsearch, {name}": ours[name] for name in ours}
+        made = their_ways(ranker, folder / dtype, dtype)
+        if has_llama():
+            made |= llama_ways(ranker, folder / f"llama {dtype}", dtype)
+        made |= {f"jaxsearch, {name}": ours[name] for name in ours}
         ways |= {(dtype, name): way for name, way in made.items()}
 
     def score_all(way: Way) -> None:
@@ -138,7 +152,7 @@ def measure(config: BenchConfig, folder: Path) -> tuple[dict[str, int], list[dic
         scores = {
             key: np.concatenate([way.score(request) for request in requests]) for key, way in ways.items()
         }
-        differences = check_agreement(scores, REFERENCE)
+        differences = check_agreement(scores, REFERENCE, ways)
         advance(len(ways))
         calls = {key: functools.partial(score_all, way) for key, way in ways.items()}
         seconds = take_turns(calls, config.repeats, advance)
@@ -208,18 +222,23 @@ def compilations_after_ready(config: BenchConfig) -> int:
 
 
 def markdown(report: dict[str, Any]) -> str:
+    versions = ", ".join(f"{name} {report[name]}" for name in (*PACKAGES, LLAMA) if name in report)
+    others = (
+        f"{LLAMA} is not installed here, so that llama.cpp has no rows."
+        if report["absent"]
+        else "llama.cpp has as many as cores; *flash* is its kernel that rounds keys and values to F16."
+    )
     lines = [
         f"# Scoring beside torch, {report['date']}",
         "",
-        f"{report['device']}, {report['threads']} cores; jax {report['jax']}, torch {report['torch']}, transformers "
-        f"{report['transformers']}, sentence-transformers {report['sentence-transformers']}; commit "
-        f"{report['commit']}. {report['num_items']} documents a query, {report['repeats']} repeats, the ways taking "
+        f"{report['device']}, {report['threads']} cores; {versions}; commit {report['commit']}. "
+        f"{report['num_items']} documents a query, {report['repeats']} repeats, the ways taking "
         f"turns, from texts to scores; {report['tokens']['prefix']} prefix and {report['tokens']['items']} item "
         f"tokens, {report['tokens']['whole']} in whole prompts. *speed*: items a second over those of {BASE} in "
         f"{report['rows'][0]['dtype']}, median [minimum, maximum]. *computed*: token places computed for each item. "
-        f"torch has {report['torch threads']} threads. *share of peak*: FLOPs of the tokens that are needed (prefix "
-        "once, items; two a weight, attention not "
-        "counted) over the peak of a matrix product in that dtype. Compilations in "
+        f"torch has {report['torch threads']} threads. {others} *share of peak*: FLOPs of the tokens that are "
+        "needed (prefix once, items; two a weight, attention not counted) over the peak of a matrix product in that "
+        "dtype. Compilations in "
         f"{report['random_requests']:,} random requests after ready: {report['compilations']}.",
         "",
         "| dtype | way | speed | computed | share of peak |",
@@ -247,13 +266,14 @@ def main(config: BenchConfig, workdir: Path) -> None:
     with tempfile.TemporaryDirectory() as folder:
         tokens, rows = measure(config, Path(folder))
     compiled = compilations_after_ready(config)
-    packages = ("jax", "torch", "transformers", "sentence-transformers")
+    packages = (*PACKAGES, LLAMA) if has_llama() else PACKAGES
     report = {
         "date": datetime.date.today().isoformat(),
         "device": jax.devices()[0].device_kind,
         "threads": len(os.sched_getaffinity(0)),
         "torch threads": num_threads(),
         **{package: importlib.metadata.version(package) for package in packages},
+        "absent": [] if has_llama() else [LLAMA],
         "commit": commit(),
         "num_items": config.num_items,
         "repeats": config.repeats,

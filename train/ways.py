@@ -1,4 +1,4 @@
-"""Ways to score a query's documents, from texts to scores, tokenisation included: ours, and torch's on our weights.
+"""Ways to score a query's documents, from texts to scores, tokenisation included: ours, and others' on our weights.
 
 Ours build on one another: each item alone, items in batches with their whole prompts, the shared prefix computed once.
 All of ours multiply the label rows of the output matrix only. What is timed with them is `bench`'s and `ladder`'s.
@@ -18,6 +18,7 @@ from jaxsearch.buckets import Lattice
 from jaxsearch.checkpoints import save_model
 from jaxsearch.data.prompts import PromptTokens
 from jaxsearch.errors import InputError
+from jaxsearch.nn.convert import save_pretrained
 from jaxsearch.ranker import TextRanker
 from jaxsearch.scoring.prefill import PrefillScorer, ScoreRequest
 
@@ -27,6 +28,9 @@ BATCHED = 16
 """Prompts of a padded batch in torch."""
 LIBRARIES = ("torch", "transformers", "sentence-transformers")
 """What `their_ways` uses; the last may be missing."""
+F16_AGREEMENT = 0.05
+"""The same where keys and values are rounded to F16 in float32; measured 3e-3."""
+Tokens = Sequence[int]
 Key = tuple[str, str]
 """A dtype and a way's name."""
 
@@ -51,10 +55,14 @@ class Places(NamedTuple):
 
 @dataclasses.dataclass
 class Way:
-    """One way to score; `places` says what a pass over a request computes, None where it is not known."""
+    """One way to score; `places` says what a pass over a request computes, None where it is not known.
+
+    `agreement` stands for its dtype's where it computes at less precision than that.
+    """
 
     score: Callable[[Request], Float[np.ndarray, "c"]]
     places: Callable[[Request], Places] | None = None
+    agreement: float | None = None
 
 
 def our_ways(ranker: TextRanker, *, max_batch_tokens: int = 2048) -> dict[str, Way]:
@@ -143,6 +151,49 @@ def their_ways(ranker: TextRanker, folder: Path, dtype: str) -> dict[str, Way]:
     }
 
 
+def has_llama() -> bool:
+    """It builds from source for a quarter of an hour, so that nothing asks for it."""
+    return all(importlib.util.find_spec(name) for name in ("llama_cpp", "gguf"))
+
+
+def llama_ways(ranker: TextRanker, folder: Path, dtype: str) -> dict[str, Way]:
+    """llama.cpp with the same weights, which are written to `folder`, on our tokens; in BF16 for bfloat16.
+
+    Whole prompts in batches, and the prefix computed once, its cache shared by the items. Flash attention rounds keys
+    and values to F16: float32 has it as well as plain attention, which does not.
+    """
+    from train.llama_scorer import WEIGHTS, LlamaScorer, write_gguf
+
+    save_pretrained(ranker.decoder, folder)
+    path = folder / "model.gguf"
+    write_gguf(path, folder, ranker.decoder.config, dtype)
+    most_tokens = ranker.prompt.max_shared_tokens + ranker.prompt.max_item_tokens
+
+    def pair(use_flash: bool) -> dict[str, Way]:
+        scorer = LlamaScorer(path, ranker.label_ids, dtype=dtype, max_tokens=most_tokens, use_flash=use_flash)
+        agreement = F16_AGREEMENT if use_flash and dtype == "float32" else None
+
+        def way(arrange: Callable[[Request], tuple[Tokens, Sequence[Tokens]]]) -> Way:
+            def score(request: Request) -> np.ndarray:
+                prompt = ranker.request(request.query, request.documents)
+                return scorer(*arrange(request._replace(prompt=prompt)))
+
+            def places(request: Request) -> Places:
+                prefix, items = arrange(request)
+                computed = len(prefix) + sum(map(len, items))
+                return Places(computed, computed)
+
+            return Way(score, places, agreement)
+
+        name = f"llama.cpp {WEIGHTS[dtype]}{' flash' if use_flash else ''}"
+        return {
+            f"{name}, batches": way(lambda request: ((), request.whole_prompts())),
+            f"{name}, shared prefix": way(lambda request: (request.prompt.prefix, request.prompt.items)),
+        }
+
+    return pair(False) | pair(True) if dtype == "float32" else pair(True)
+
+
 def padded_tokens(prompts: Sequence[Sequence[int]], batch_size: int) -> int:
     """Of batches of prompts sorted by length.
 
@@ -155,15 +206,20 @@ def padded_tokens(prompts: Sequence[Sequence[int]], batch_size: int) -> int:
     return sum(part[0] * len(part) for part in parts)
 
 
-def check_agreement(scores: Mapping[Key, Float[np.ndarray, "m"]], reference: str) -> dict[Key, float]:
+def check_agreement(
+    scores: Mapping[Key, Float[np.ndarray, "m"]], reference: str, ways: Mapping[Key, Way] | None = None
+) -> dict[Key, float]:
     """Each way's largest difference from the way named `reference` in its dtype.
 
-    Raises: InputError when scores differ: then not the same is timed.
+    Raises: InputError when scores differ by more than their dtype's agreement, or their own where one of `ways` has
+        one: then not the same is timed.
     """
     differences = {
         (dtype, name): float(np.abs(found - scores[dtype, reference]).max())
         for (dtype, name), found in scores.items()
     }
-    if wrong := {key: value for key, value in differences.items() if not value <= AGREEMENT[key[0]]}:
+    limits = {key: AGREEMENT[key[0]] for key in scores}
+    limits |= {key: way.agreement for key, way in (ways or {}).items() if way.agreement is not None}
+    if wrong := {key: value for key, value in differences.items() if not value <= limits[key]}:
         raise InputError(f"scores differ, so not the same is timed: {wrong}")
     return differences
