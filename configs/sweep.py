@@ -19,14 +19,15 @@ POINTS = (
     Point("layers -3, neurons -50 %", drop_layers=3, mlp_dim=768),
     *(
         Point(f"layers -3, neurons -50 %, {steps} steps", drop_layers=3, mlp_dim=768, heal_steps=steps)
-        for steps in (80, 320, 1280)
+        for steps in (80, 320, 640)
     ),
 )
 
 
 def config() -> SweepConfig:
     cut = dataclasses.replace(prune.config(), drop_layers=0, mlp_dim=0, check_queries=20)
-    return SweepConfig(POINTS, prune=cut, heal=dataclasses.replace(heal.config(), check_queries=20))
+    healing = dataclasses.replace(heal.config(), check_queries=20)
+    return SweepConfig(POINTS, prune=cut, heal=healing, num_queries=200)
 
 
 def quick() -> SweepConfig:

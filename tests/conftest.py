@@ -1,12 +1,20 @@
 """Strictness for every test: shapes and dtypes are checked at each call, and nothing is promoted silently.
 
-Tests see one CPU device: what needs eight starts `tests/eight_devices.py`, so that no other test pays for them.
+Tests see one CPU device: what needs eight starts `tests/eight_devices.py`, so that no other test pays for them. What one
+test has compiled is there for all others of the run, and for the processes that tests start.
 """
 
+import atexit
 import os
+import shutil
+import tempfile
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp(prefix="jaxsearch-programs-")
+    os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.1"
+    atexit.register(shutil.rmtree, os.environ["JAX_COMPILATION_CACHE_DIR"], ignore_errors=True)
 
 import jax
 import jaxtyping
