@@ -7,7 +7,7 @@
     calibration.json  score → probability, where one was fitted
     selftest.json     questions with known answers, asked before the server says that it is ready
     MODEL_CARD.md     for people
-    programs/         compiled for some machines, where a server left them; in no manifest (`serve.programs`)
+    programs/         compiled for some machines, where a server left them; in no manifest, read when asked for only
 
 Not here: choosing what goes in (`train.export`), answering requests (`serve`).
 """
@@ -38,7 +38,7 @@ PROGRAMS = "programs"
 Dtype = Literal["float32", "bfloat16"]
 SCORE_TOLERANCE: Mapping[Dtype, float] = {"float32": 0.02, "bfloat16": 0.1}
 """Known scores, written in float32, may differ by this much from those that a server computes. Measured of the demo's
-ranker on CPU, 128 scores in bfloat16: at most 0.047."""
+ranker on CPU, 128 scores in bfloat16: at most 0.047; other rankers were not measured."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -197,7 +197,7 @@ def _write_manifest(
 
 
 def load_bundle(directory: str | Path, *, dtype: Dtype = "float32") -> Bundle:
-    """Reads a bundle after checking every byte of it; the ranker will compute in `dtype`, all else in float32.
+    """Reads a bundle after checking every byte of what is read; the ranker computes in `dtype`, all else in float32.
 
     Raises: InputError that lists every missing, unlisted or changed file, or every part that does not fit the
     others.

@@ -82,8 +82,8 @@ class RankerLoss:
 
     The point-wise terms compare sigmoid(logit) with a soft label. The list-wise term compares the softmax over a
     query's candidates with that of its targets (gold where there is gold, else the teacher) divided by
-    `list_temperature`. Where the teacher is a ranker, the softmax of its own logits takes their place: then both terms
-    are least where the answers are the teacher's.
+    `list_temperature`. Where a ranker alone teaches, without gold, the softmax of its own logits takes their place:
+    then both terms are least where the answers are the teacher's.
     """
 
     teacher_weight: float = 0.5
@@ -111,9 +111,15 @@ class RankerLoss:
         gold = losses.binary_distillation(logits, batch.gold, where=batch.gold_where)
         use_gold = batch.gold_where if self.gold_weight > 0 else jnp.zeros_like(batch.gold_where)
         use_teacher = batch.teacher_where if self.teacher_weight > 0 else jnp.zeros_like(use_gold)
-        taught = batch.teacher / self.list_temperature if teacher_logits is None else teacher_logits
-        gains = jnp.exp(jnp.where(use_gold, batch.gold / self.list_temperature, taught))
-        listwise = losses.listwise_softmax(logits, gains, where=use_gold | use_teacher)
+        where = use_gold | use_teacher
+        if teacher_logits is None or self.gold_weight > 0:
+            targets = jnp.where(use_gold, batch.gold, batch.teacher) / self.list_temperature
+        else:
+            targets = teacher_logits - jnp.max(
+                teacher_logits, axis=-1, keepdims=True, where=where, initial=0.0
+            )
+        gains = jnp.exp(targets)
+        listwise = losses.listwise_softmax(logits, gains, where=where)
         count = jnp.asarray(listwise.size, jnp.float32)
         per_query = (
             self.teacher_weight * _mean(teacher, batch.teacher_where)

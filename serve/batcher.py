@@ -20,6 +20,7 @@ DEFAULT_RETRY_SECONDS = 1.0
 """Told to clients before anything was measured."""
 RATE_WEIGHT = 0.2
 """Weight of the newest launch in the sums of tokens and seconds whose quotient is the drain rate."""
+LATE = "the request's time passed while it waited"
 
 
 class Shareable(Protocol):
@@ -57,6 +58,21 @@ class QueueFull(Exception):
         self.retry_after_seconds = retry_after_seconds
 
 
+class _Rate:
+    """Tokens per second of the last launches or steps; None before the first one."""
+
+    def __init__(self) -> None:
+        self._tokens = self._seconds = 0.0
+
+    def add(self, tokens: int, seconds: float) -> None:
+        self._tokens += tokens - RATE_WEIGHT * self._tokens
+        self._seconds += seconds - RATE_WEIGHT * self._seconds
+
+    @property
+    def value(self) -> float | None:
+        return self._tokens / self._seconds if self._seconds else None
+
+
 class DeadlineExceeded(Exception):
     """The request's time was over before all of it was launched."""
 
@@ -85,17 +101,21 @@ class _Job:
     in_flight: int = 0
     """Launches with some of it that run now; of steps at most one."""
 
+    @property
+    def has_steps(self) -> bool:
+        return isinstance(self.work, Generator)
+
 
 class Batcher:
     """Runs jobs on threads of its own.
 
     Args:
       max_queue_tokens: tokens that may wait; a job larger than this is taken when nothing else waits.
-      max_queue_seconds: how long they may take at the measured rate, the new job's included.
       launcher: for jobs that share launches.
       num_threads: launches that run at once; they share the device, so that each takes longer.
       busy_tokens: threads beyond the first help only while so many tokens wait: then all finish sooner, otherwise a
         request would only be slowed down by the next one.
+      turn_tokens: what a job does in one turn at most: a large one delays others by no more than its turns beside them.
       clock: seconds, monotonic.
     """
 
@@ -103,20 +123,21 @@ class Batcher:
         self,
         *,
         max_queue_tokens: int,
-        max_queue_seconds: float = math.inf,
         launcher: Launcher | None = None,
         num_threads: int = 1,
         busy_tokens: int = 0,
+        turn_tokens: float = math.inf,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.max_queue_tokens = max_queue_tokens
-        self.max_queue_seconds = max_queue_seconds
+        self._turn_tokens = turn_tokens
+        self._live: set[_Job] = set()
         self._launcher = launcher
         self._clock = clock
         self._jobs: collections.deque[_Job] = collections.deque()
         self._wake = threading.Condition()
         self._queue_tokens = 0
-        self._recent_tokens = self._recent_seconds = 0.0
+        self._rates = {has_steps: _Rate() for has_steps in (False, True)}
         self._last_end = -math.inf
         self._is_stopping = False
         self._num_running = self._running_tokens = 0
@@ -134,27 +155,35 @@ class Batcher:
 
     @property
     def tokens_per_second(self) -> float | None:
-        """The drain rate of the last launches while busy; None before the first one."""
-        return self._recent_tokens / self._recent_seconds if self._recent_seconds else None
+        """The drain rate while busy, of launches where there were any, else of steps; None before the first one."""
+        return self._rates[False].value or self._rates[True].value
 
     def submit(
-        self, work: Steps | Shareable, tokens: int, *, deadline: float | None = None
+        self,
+        work: Steps | Shareable,
+        tokens: int,
+        *,
+        deadline: float | None = None,
+        expected_by: float | None = None,
     ) -> concurrent.futures.Future:
         """Queues a job; the future gives an `Outcome`. Cancelling it drops what is not launched yet.
 
         Args:
           tokens: what all of it has.
-          deadline: on `clock`; a job that would end later is not taken, after it the future raises
-            DeadlineExceeded.
-        Raises: QueueFull; Stopped.
+          deadline: on `clock`; after it the future raises DeadlineExceeded.
+          expected_by: see `check_room`.
+        Raises: QueueFull; DeadlineExceeded; Stopped.
         """
         assert isinstance(work, Generator) or self._launcher is not None, "shared launches need a launcher"
         with self._wake:
             if self._is_stopping:
                 raise Stopped("the server is shutting down")
-            self.check_room(tokens, deadline=deadline)
+            self.check_room(
+                tokens, deadline=deadline, expected_by=expected_by, has_steps=isinstance(work, Generator)
+            )
             job = _Job(work, tokens, deadline, self._clock())
             self._jobs.append(job)
+            self._live.add(job)
             self._queue_tokens += tokens
             self._wake.notify()
         return job.future
@@ -167,27 +196,48 @@ class Batcher:
         for thread in self._threads:
             thread.join()
 
-    def check_room(self, tokens: int, *, arriving: int = 0, deadline: float | None = None) -> None:
-        """Whether so many tokens may come, where `arriving` ones are on their way already.
+    def check_room(
+        self,
+        tokens: int,
+        *,
+        arriving: int = 0,
+        deadline: float | None = None,
+        expected_by: float | None = None,
+        has_steps: bool = False,
+    ) -> None:
+        """Whether a job of so many tokens may come, where `arriving` ones are on their way; before all others, always.
 
-        A job that nothing stands in front of is always taken. Raises: QueueFull.
+        Args: `deadline` and `expected_by`, on the clock: by what is measured so far, it must probably end before.
+        Raises: QueueFull; DeadlineExceeded when the deadline is over.
         """
-        waiting, rate = self._queue_tokens + arriving, self.tokens_per_second
-        if not waiting:
-            return
-        if (excess := waiting + tokens - self.max_queue_tokens) > 0:
-            retry = min(waiting, excess) / rate if rate else DEFAULT_RETRY_SECONDS
-            raise QueueFull(f"{waiting} tokens wait already, at most {self.max_queue_tokens} may", retry)
-        if not rate:
-            return
-        most = self.max_queue_seconds
-        if deadline is not None:
-            most = min(most, max(deadline - self._clock(), 0.0))
-        if (needed := (waiting + tokens) / rate) > most:
-            why = f"the answer would take {1000 * needed:.0f} ms with what waits already"
-            raise QueueFull(
-                f"{why}, at most {1000 * most:.0f} are allowed", min(waiting / rate, needed - most)
-            )
+        with self._wake:
+            waiting, rate = self._queue_tokens + arriving, self.tokens_per_second
+            now = self._clock()
+            if deadline is not None and deadline <= now:
+                raise DeadlineExceeded(LATE)
+            if not waiting:
+                return
+            if (excess := waiting + tokens - self.max_queue_tokens) > 0:
+                retry = min(waiting, excess) / rate if rate else DEFAULT_RETRY_SECONDS
+                raise QueueFull(f"{waiting} tokens wait already, at most {self.max_queue_tokens} may", retry)
+            limits = [limit for limit in (deadline, expected_by) if limit is not None]
+            if not limits or not rate:
+                return
+            most = max(min(limits) - now, 0.0)
+            alone = tokens / (self._rates[has_steps].value or rate)
+            before = arriving / rate + self._seconds_before(tokens, rate)
+        needed, allowed = before + alone, f"{1000 * most:.0f} ms are allowed"
+        if alone > most:
+            raise QueueFull(f"this request alone takes about {1000 * alone:.0f} ms, {allowed}", before)
+        if needed > most:
+            why = f"the answer would take about {1000 * needed:.0f} ms with what waits already"
+            raise QueueFull(f"{why}, {allowed}", needed - most)
+
+    def _seconds_before(self, tokens: int, rate: float) -> float:
+        """What all jobs take while a new one of so many tokens has its turns; `rate` where none of their kind is."""
+        turns = max(tokens, self._turn_tokens)
+        rates = {kind: measured.value or rate for kind, measured in self._rates.items()}
+        return sum(min(job.tokens_left, turns) / rates[job.has_steps] for job in self._live)
 
     def _run(self) -> None:
         while True:
@@ -260,10 +310,10 @@ class Batcher:
         if not job.future.cancelled() and not job.future.done():
             if job.deadline is None or self._clock() <= job.deadline:
                 return False
-            _resolve(job.future, error=DeadlineExceeded("the request's time passed while it waited"))
+            _resolve(job.future, error=DeadlineExceeded(LATE))
         if isinstance(job.work, Generator):
             job.work.close()
-        self._forget(job, job.tokens_left)
+        self._drop(job)
         return True
 
     def _launch(self, launch: Any, members: list[tuple[_Job, int]], begun: float) -> None:
@@ -273,7 +323,8 @@ class Batcher:
         except Exception as error:  # what fails must not take the thread with it
             failed = dict.fromkeys(range(len(members)), error)
         with self._wake:
-            seconds = self._count(sum(self._forget(job, tokens) for job, tokens in members), begun)
+            done = sum(self._forget(job, tokens) for job, tokens in members)
+            seconds = self._count(self._rates[False], done, begun)
             for member, (job, _) in enumerate(members):
                 job.in_flight -= 1
                 if member in failed:
@@ -295,7 +346,9 @@ class Batcher:
             if error is not None:
                 self._fail(job, error)
                 return
-            self._count(self._forget(job, job.tokens_left if done is None else done), begun)
+            self._count(
+                self._rates[True], self._forget(job, job.tokens_left if done is None else done), begun
+            )
             if done is None:
                 self._finish(job, lambda: value)
             else:
@@ -303,7 +356,7 @@ class Batcher:
 
     def _finish(self, job: _Job, result: Callable[[], Any]) -> None:
         started = job.submitted if job.started is None else job.started
-        self._forget(job, job.tokens_left)
+        self._drop(job)
         try:
             outcome = Outcome(result(), started - job.submitted, self._clock() - started)
         except Exception as error:  # what fails must not take the thread with it
@@ -312,8 +365,12 @@ class Batcher:
             _resolve(job.future, outcome)
 
     def _fail(self, job: _Job, error: Exception) -> None:
-        self._forget(job, job.tokens_left)
+        self._drop(job)
         _resolve(job.future, error=error)
+
+    def _drop(self, job: _Job) -> None:
+        self._forget(job, job.tokens_left)
+        self._live.discard(job)
 
     def _forget(self, job: _Job, tokens: int) -> int:
         """Takes tokens of a job out of the queue and says how many; a prefix that ran twice counts once."""
@@ -322,14 +379,13 @@ class Batcher:
         self._queue_tokens -= tokens
         return tokens
 
-    def _count(self, tokens: int, begun: float) -> float:
-        """Keeps the drain rate; the seconds that count."""
+    def _count(self, rate: _Rate, tokens: int, begun: float) -> float:
+        """Keeps a drain rate; the seconds that count."""
         now = self._clock()
         seconds = now - max(begun, self._last_end)
         self._last_end = now
         if tokens:
-            self._recent_tokens += tokens - RATE_WEIGHT * self._recent_tokens
-            self._recent_seconds += seconds - RATE_WEIGHT * self._recent_seconds
+            rate.add(tokens, seconds)
         return seconds
 
 

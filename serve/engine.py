@@ -7,7 +7,6 @@ Every program that a request can need is compiled here, and known questions get 
 import dataclasses
 import gc
 import logging
-import math
 import time
 from collections.abc import Sequence
 
@@ -94,7 +93,7 @@ class Engine:
 
     Args:
       max_queue_tokens: tokens that may wait for the device; None means `QUEUE_BATCHES` largest launches.
-      slo_seconds: requests that would probably be answered later than so are refused; None: none are.
+      slo_seconds: a request that would probably be answered later than so is refused, unless nothing is before it.
       is_batch_invariant, use_kernel: see `PrefillScorer`.
       lengths: where the lengths of requests are recorded.
     """
@@ -122,10 +121,10 @@ class Engine:
         self.slo_seconds = slo_seconds
         self.batcher = Batcher(
             max_queue_tokens=max_queue_tokens or QUEUE_BATCHES * bundle.lattice.max_batch_tokens,
-            max_queue_seconds=math.inf if slo_seconds is None else SLO_SHARE * slo_seconds,
             launcher=self,
             num_threads=self.scorer.num_concurrent,
             busy_tokens=bundle.lattice.max_batch_tokens,
+            turn_tokens=bundle.lattice.max_batch_tokens,
         )
 
     def prepare(self) -> None:
@@ -148,6 +147,10 @@ class Engine:
         gc.collect()
         gc.freeze()  # what lives now lives until the end: no collection looks at it again
         self.state = "ready"
+
+    def expected_by(self, arrived: float) -> float | None:
+        """When a request that came at `arrived` should be answered for it to be taken; None: whenever."""
+        return None if self.slo_seconds is None else arrived + SLO_SHARE * self.slo_seconds
 
     def refuse(self) -> None:
         """From now on no new request is taken; those that were are answered."""
@@ -258,6 +261,6 @@ class Engine:
             scores = ranker.scores(self.scorer.score([ScoreRequest(prompt.prefix, prompt.items)])[0])
             if not np.allclose(scores, known.scores, rtol=0, atol=SCORE_TOLERANCE[self.bundle.dtype]):
                 raise InputError(
-                    f"self-test failed: {known.query!r} scored {scores.tolist()}, the bundle says "
-                    f"{list(known.scores)}; this machine computes something else than the one that exported it"
+                    f"self-test failed: {known.query!r} scored {scores.tolist()} in {self.bundle.dtype}, the bundle "
+                    f"says {list(known.scores)}; this machine computes something else than the one that exported it"
                 )

@@ -62,13 +62,16 @@ class Call:
     request: Request
     body: dict[str, Any]
     is_strict: bool
+    arrived: float
+    """On the monotonic clock, as are the next two."""
+    expected_by: float | None = None
     deadline: float | None = None
     warnings: list[str] = dataclasses.field(default_factory=list)
     seconds: dict[str, float] = dataclasses.field(default_factory=dict)
 
     def end_within(self, milliseconds: float) -> None:
-        """The reply is of no use later than so; the earliest such time counts."""
-        self.deadline = min(self.deadline or math.inf, time.monotonic() + milliseconds / 1000)
+        """The reply is of no use later than so after the request came; the earliest such time counts."""
+        self.deadline = min(self.deadline or math.inf, self.arrived + milliseconds / 1000)
 
     def validated(self, kind: Any) -> Any:
         typed, warnings = validate(kind, self.body, is_strict=self.is_strict)
@@ -278,7 +281,9 @@ class Service:
         """Does what depends on `texts` in a thread, timed as "tokenize". Raises: QueueFull before, where no room is."""
         most = self.engine.scorer.lattice.max_item_tokens  # what is longer is cut
         tokens = sum(min(len(text) // CHARACTERS_PER_TOKEN, most) for text in texts)
-        self.engine.batcher.check_room(tokens, arriving=self._arriving_tokens, deadline=call.deadline)
+        self.engine.batcher.check_room(
+            tokens, arriving=self._arriving_tokens, deadline=call.deadline, expected_by=call.expected_by
+        )
         begun = time.perf_counter()
         self._arriving_tokens += tokens
         try:
@@ -296,7 +301,7 @@ class Service:
     async def _outcome(self, call: Call, job: Job) -> Outcome:
         """Queues a job and waits for it, as long as the client does."""
         batcher = self.engine.batcher
-        future = batcher.submit(job.work, job.tokens, deadline=call.deadline)
+        future = batcher.submit(job.work, job.tokens, deadline=call.deadline, expected_by=call.expected_by)
         self.engine.telemetry.queue_tokens.set(batcher.queue_tokens)
         waiting = asyncio.wrap_future(future)
         try:

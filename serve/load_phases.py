@@ -32,12 +32,12 @@ from jaxsearch.scoring.load import (
 from serve.load_client import Target
 
 SLO_FACTOR = 5
-"""The service level, in medians of a request alone, where the operator states none. One server that is busy for 60 % of
-the time, with Poisson arrivals that all cost the same, has a p99 of four such times (M/D/1)."""
+"""The service level, in medians of a request alone, where neither operator nor server states one. One server that is
+busy for 60 % of the time, with Poisson arrivals that all cost the same, has a p99 of four such times (M/D/1)."""
 NORMAL_REQUESTS = 5
 """So many requests in a row within the service level are a server back to normal."""
 MEMORY_READINGS = 40
-"""In each phase."""
+"""About so many in each phase."""
 THINK_SECONDS = 0.2
 """Pause of the patient client between two of its requests."""
 
@@ -112,7 +112,7 @@ class LoadTest:
         self.recovery_seconds: float | None = None
 
     async def alone(self) -> Phase:
-        """One request after another; sets the service level unless the operator did."""
+        """One request after another; sets the service level unless it is stated."""
         seconds = self.options.alone_seconds
         phase = await self._measure("alone", seconds, drive_in_turn(1, seconds, self._send_new))
         if not self.has_slo:
@@ -211,8 +211,9 @@ class LoadTest:
         )
 
     async def _read_memory(self, seconds: float, into: list[float]) -> None:
-        while (now := (await self.target.metrics()).memory_bytes) is not None:
-            into.append(now)
+        while True:
+            if (now := (await self.target.metrics()).memory_bytes) is not None:
+                into.append(now)
             await asyncio.sleep(seconds / MEMORY_READINGS)
 
     def _summary(self, samples: Sequence[Sample]) -> Summary:

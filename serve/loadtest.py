@@ -104,8 +104,8 @@ async def measure(options: argparse.Namespace, progress: rich.progress.Progress)
         for _ in range(WARM_UP_REQUESTS):
             await target.check_answer(target.body(next(source)))
         _make_folder(options.out)
-        promised = info.get("slo_ms")
-        slo_ms = promised if options.slo_ms is None else options.slo_ms
+        is_promised = options.slo_ms is None and info.get("slo_ms") is not None
+        slo_ms = info["slo_ms"] if is_promised else options.slo_ms
         test = LoadTest(target, source, options, progress, slo_ms=slo_ms)
         alone = await test.alone()
         saturation = await test.saturation()
@@ -135,7 +135,7 @@ async def measure(options: argparse.Namespace, progress: rich.progress.Progress)
         capacity=capacity,
         phases=phases,
         findings=findings,
-        checks=_checks(test, phases, in_time if promised else answered, is_promised=bool(promised)),
+        checks=_checks(test, phases, in_time if is_promised else answered, is_promised=is_promised),
     )
 
 

@@ -19,14 +19,14 @@ import jax
 import rich.console
 import uvicorn
 
-from jaxsearch.bundle import load_bundle
+from jaxsearch.bundle import load_bundle, read_lattice
 from jaxsearch.data.assets import cache_dir
 from jaxsearch.errors import InputError
 from serve.engine import Engine
 from serve.handlers import Limits
 from serve.plan import LengthLog, load_lattice
 from serve.programs import load_programs, saved_programs
-from serve.protocol import MAX_BODY_BYTES, MAX_ITEMS
+from serve.protocol import MAX_BODY_BYTES, MAX_ITEMS, read_milliseconds
 from serve.routes import create_app
 from serve.telemetry import Telemetry
 
@@ -61,7 +61,6 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument(
         "--slo-ms",
-        type=_milliseconds,
         help="refuse (429) what would probably be answered later than so (default: the queue's limit alone)",
     )
     parser.add_argument(
@@ -80,6 +79,11 @@ def _parser() -> argparse.ArgumentParser:
         help="compile, check, leave the programs in the bundle's folder for machines like this one, and end",
     )
     parser.add_argument(
+        "--use-programs",
+        action="store_true",
+        help="start with the programs that --save-programs left: machine code, so only of bundles that you trust",
+    )
+    parser.add_argument(
         "--kernel",
         action="store_true",
         help="attention by one kernel, for TPU and GPU; compiled for them, not run on one yet",
@@ -89,13 +93,6 @@ def _parser() -> argparse.ArgumentParser:
         "--record-lengths", metavar="FILE", help="append every request's lengths, for serve.plan"
     )
     return parser
-
-
-def _milliseconds(text: str) -> float:
-    value = float(text)
-    if not 0 < value < float("inf"):
-        raise argparse.ArgumentTypeError(f"must be above 0; got {text}")
-    return value
 
 
 def _listen(host: str, port: int) -> socket.socket:
@@ -120,7 +117,7 @@ def _make_engine(options: argparse.Namespace) -> Engine:
         bundle,
         Telemetry(),
         max_queue_tokens=options.max_queue_tokens,
-        slo_seconds=None if options.slo_ms is None else options.slo_ms / 1000,
+        slo_seconds=None if options.slo_ms is None else read_milliseconds(options.slo_ms, "--slo-ms") / 1000,
         is_batch_invariant=options.batch_invariant,
         use_kernel=options.kernel,
         lengths=None if options.record_lengths is None else LengthLog(options.record_lengths),
@@ -139,6 +136,8 @@ def save_programs(options: argparse.Namespace, console: rich.console.Console) ->
 
     Raises: InputError when the bundle cannot be loaded or written to, or the self-test fails.
     """
+    read_lattice(options.bundle)  # before anything is written there
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     with saved_programs(options.bundle) as folder:
         _use_cache(folder)
         engine = _make_engine(options)
@@ -148,7 +147,7 @@ def save_programs(options: argparse.Namespace, console: rich.console.Console) ->
             raise InputError(f"not saved: {engine.failure}") from None
         finally:
             engine.close()
-    console.print(f"{engine.num_programs} programs for machines like this one are in the bundle's folder")
+    console.print("programs for these options on machines like this one are in the bundle's folder")
 
 
 def serve(options: argparse.Namespace, console: rich.console.Console) -> None:
@@ -159,12 +158,14 @@ def serve(options: argparse.Namespace, console: rich.console.Console) -> None:
     listener = _listen(options.host, options.port)
     cache = cache_dir() / "xla"
     _use_cache(cache)
-    try:
-        if num_programs := load_programs(options.bundle, cache):
-            console.print(f"{num_programs} compiled programs came with the bundle")
-    except InputError as error:
-        console.print(f"warning: {error}; compiling instead", soft_wrap=True, markup=False)
     engine = _make_engine(options)
+    if options.use_programs:
+        try:
+            console.print(
+                f"{load_programs(options.bundle, cache)} compiled programs come from the bundle's folder"
+            )
+        except InputError as error:
+            console.print(f"warning: {error}; compiling instead", soft_wrap=True, markup=False)
     address = f"http://{options.host}:{listener.getsockname()[1]}"
 
     def on_prepared() -> None:

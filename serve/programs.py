@@ -1,8 +1,8 @@
 """Compiled programs beside a bundle, so that a replica on a machine of the same kind starts without compiling.
 
 `programs/<machine>/` in the bundle's folder holds entries of JAX's persistent compilation cache and `programs.json`
-with their sha256; the machine's name says what a program depends on. They belong to no revision: without them, or where
-they are damaged, the server compiles. Not here: which programs there are (`engine`).
+with their sha256; the machine's name says what a program depends on. They belong to no revision, and they are machine
+code: a server uses them only where it is told to. Not here: which programs there are (`engine`).
 """
 
 import contextlib
@@ -12,8 +12,9 @@ import os
 import platform
 import shutil
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 import jax
 
@@ -22,17 +23,23 @@ from jaxsearch.errors import InputError
 from jaxsearch.files import read_object, replace_folder, sha256_hex, write_json
 
 LISTED = "programs.json"
+ENTRY = "-cache"
+"""How the names of the cache's entries end."""
 
 
 def machine_name() -> str:
-    """Backend and device with a digest of versions, compiler flags and, on CPU, instruction sets."""
+    """Backend and device with a digest of versions, compiler flags and, on CPU, instruction sets and cores."""
     device = jax.devices()[0]
     versions = [importlib.metadata.version(package) for package in ("jax", "jaxlib")]
     depends = [*versions, device.device_kind, os.environ.get("XLA_FLAGS", "")]
     if device.platform == "cpu":
-        depends += [platform.machine(), _instruction_sets(), str(len(os.sched_getaffinity(0)))]
+        depends += [platform.machine(), _instruction_sets(), str(_num_cores())]
     digest = hashlib.sha256("\n".join(depends).encode()).hexdigest()[:12]
     return f"{device.platform}-{digest}"
+
+
+def _num_cores() -> int | None:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
 
 
 def _instruction_sets() -> str:
@@ -46,45 +53,74 @@ def _instruction_sets() -> str:
 def load_programs(bundle: str | Path, cache: Path) -> int:
     """Copies the bundle's programs for this machine into the compilation cache; how many there are.
 
-    Raises: InputError when one is damaged; nothing is copied then.
+    Raises: InputError when there are none for it, one is damaged, or they cannot be copied.
     """
     folder = Path(bundle) / PROGRAMS / machine_name()
+    hint = "leave them with --save-programs"
     if not (folder / LISTED).is_file():
-        return 0
-    listed = read_object(folder / LISTED)
-    wrong = [name for name, digest in listed.items() if not _is_whole(folder / name, digest)]
-    if wrong:
-        raise InputError(f"{folder}: {len(wrong)} of {len(listed)} compiled programs are damaged: {wrong[0]}")
-    cache.mkdir(parents=True, exist_ok=True)
-    for name in listed:
-        if not (cache / name).exists():
-            temporary = cache / f".{name}.{uuid.uuid4().hex}"
-            shutil.copyfile(folder / name, temporary)
-            os.replace(temporary, cache / name)
+        raise InputError(f"{bundle} has no programs for machines like this one ({folder.name}); {hint}")
+    listed = read_object(folder / LISTED, hint=hint)
+    if wrong := _damaged(folder, listed):
+        raise InputError(f"{folder}: {len(wrong)} of {len(listed)} compiled programs are damaged; {hint}")
+    try:
+        cache.mkdir(parents=True, exist_ok=True)
+        for name in listed:
+            if not (cache / name).exists():
+                _copy(folder / name, cache / name)
+    except OSError as error:
+        raise InputError(f"cannot copy programs from {folder} to {cache} ({error.strerror})") from None
     return len(listed)
 
 
-def _is_whole(path: Path, digest: object) -> bool:
-    return path.is_file() and sha256_hex(path) == digest
+def _damaged(folder: Path, listed: Mapping[str, Any]) -> list[str]:
+    """Those that are not entries right in the folder, or not what the list says."""
+
+    def is_whole(name: str) -> bool:
+        path = folder / name
+        is_entry = Path(name).name == name and name.endswith(ENTRY) and not path.is_symlink()
+        return is_entry and path.is_file() and sha256_hex(path) == listed[name]
+
+    return [name for name in listed if not is_whole(name)]
+
+
+def _copy(source: Path, target: Path) -> None:
+    """Whole or not at all."""
+    temporary = target.with_name(f".{target.name}.{uuid.uuid4().hex}")
+    try:
+        shutil.copyfile(source, temporary)
+        os.replace(temporary, target)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 @contextlib.contextmanager
 def saved_programs(bundle: str | Path) -> Iterator[Path]:
-    """A cache folder; what is in it at the end stands in the bundle's folder for this machine, whole or not at all.
+    """A cache folder; what is in it at the end joins the bundle's programs for this machine, all or nothing.
 
-    Raises: InputError when the bundle's folder cannot be written.
+    Raises: InputError when the bundle's folder cannot be written, or nothing was compiled into the cache.
     """
     folder = Path(bundle) / PROGRAMS / machine_name()
     part = folder.with_name(f".{folder.name}.{uuid.uuid4().hex}")
+    refusal = f"cannot write to {folder}; copy the bundle to where you may"
     try:
-        part.mkdir(parents=True)
+        try:
+            part.mkdir(parents=True)
+        except OSError as error:
+            raise InputError(f"{refusal} ({error.strerror})") from None
         yield part
-        names = sorted(path.name for path in part.iterdir() if path.name.endswith("-cache"))
-        write_json(part / LISTED, {name: sha256_hex(part / name) for name in names})
-        replace_folder(part, folder)
-    except OSError as error:
-        raise InputError(
-            f"cannot write to {folder} ({error.strerror}); copy the bundle to where you may"
-        ) from None
+        names = {path.name for path in part.iterdir() if path.name.endswith(ENTRY)}
+        if not names:
+            raise InputError("JAX wrote nothing to its compilation cache: is it switched off?")
+        try:
+            before = read_object(folder / LISTED) if (folder / LISTED).is_file() else {}
+            for name in before.keys() - names - {*_damaged(folder, before)}:  # of a server with other options
+                shutil.copyfile(folder / name, part / name)
+                names.add(name)
+            write_json(part / LISTED, {name: sha256_hex(part / name) for name in sorted(names)})
+            replace_folder(part, folder)
+        except OSError as error:
+            raise InputError(f"{refusal} ({error.strerror})") from None
     finally:
         shutil.rmtree(part, ignore_errors=True)
+        with contextlib.suppress(OSError):  # stays where it holds something
+            folder.parent.rmdir()

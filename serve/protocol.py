@@ -5,12 +5,15 @@ warnings. Nothing here touches the engine.
 """
 
 import difflib
+import math
 from collections.abc import Mapping
 from typing import Annotated, Any, ClassVar, Literal, TypeVar
 
 import orjson
 import pydantic
 from pydantic import ConfigDict, Field
+
+from jaxsearch.errors import InputError
 
 MAX_ITEMS = 1000
 MAX_BODY_BYTES = 32 * 2**20
@@ -125,6 +128,17 @@ def parse(raw: bytes) -> dict[str, Any]:
     if not isinstance(body, dict):
         raise RequestError(400, "the body must be a JSON object", code="invalid_json")
     return body
+
+
+def read_milliseconds(text: str, name: str) -> float:
+    """Raises: InputError unless it is a time."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not 0 < value < math.inf:
+        raise InputError(f"{name} must be a number of milliseconds above 0; got {text[:40]!r}")
+    return value
 
 
 def check_count(body: dict[str, Any], key: str, limit: int) -> None:

@@ -46,6 +46,7 @@ from serve.protocol import (
     error_body,
     error_dialect,
     parse,
+    read_milliseconds,
     to_json,
 )
 
@@ -55,6 +56,12 @@ STARTING_SECONDS = 5
 STOPPING = "the server is shutting down"
 MAX_REQUEST_ID = 128
 TIMEOUT_HEADER = "x-timeout-ms"
+TIMEOUT_PARAMETER = {
+    "name": TIMEOUT_HEADER,
+    "in": "header",
+    "description": "Milliseconds from the request's arrival after which the reply is of no use.",
+    "schema": {"type": "number", "exclusiveMinimum": 0},
+}
 RERANK_BODIES = (RerankBody, VoyageRerankBody, MixedbreadRerankBody, TeiRerankBody)
 SCHEMA_PLACE = "#/components/schemas/{model}"
 
@@ -65,7 +72,7 @@ async def _answer(
     service: Service, request: Request, handler: Callable[[Call], Awaitable[Reply]]
 ) -> Response:
     """Runs a handler and turns whatever it raises into the path's error body."""
-    begun = time.perf_counter()
+    begun, arrived = time.perf_counter(), time.monotonic()
     path = request.url.path
     request_id = request.headers.get("x-request-id", "")[:MAX_REQUEST_ID].strip() or uuid.uuid4().hex
     headers = {"x-request-id": request_id, "x-model-revision": service.engine.bundle.revision}
@@ -77,9 +84,10 @@ async def _answer(
             body = await asyncio.get_running_loop().run_in_executor(service.executor, parse, raw)
         else:
             body = parse(raw)
-        call = Call(request, body, request.query_params.get("strict") in ("1", "true"))
+        is_strict = request.query_params.get("strict") in ("1", "true")
+        call = Call(request, body, is_strict, arrived, service.engine.expected_by(arrived))
         if (timeout := request.headers.get(TIMEOUT_HEADER)) is not None:
-            call.end_within(_milliseconds(timeout))
+            call.end_within(read_milliseconds(timeout, TIMEOUT_HEADER))
         reply = await handler(call)
         call.seconds["total"] = time.perf_counter() - begun
         for stage, seconds in call.seconds.items():
@@ -105,17 +113,6 @@ async def _answer(
     service.engine.telemetry.requests.labels(path, str(status)).inc()
     service.engine.telemetry.request_seconds.labels(path).observe(time.perf_counter() - begun)
     return Response(content, status, headers, media_type="application/json")
-
-
-def _milliseconds(text: str) -> float:
-    """Raises: InputError unless it is a time."""
-    try:
-        value = float(text)
-    except ValueError:
-        value = math.nan
-    if not 0 < value < math.inf:
-        raise InputError(f"{TIMEOUT_HEADER} must be a number of milliseconds above 0; got {text[:40]!r}")
-    return value
 
 
 def _as_request_error(error: Exception, request_id: str) -> RequestError:
@@ -247,7 +244,10 @@ def _add_post(
         },
         summary=path.rpartition("/")[2].capitalize(),
         description=" ".join((bodies[0].__doc__ or "").split()),
-        openapi_extra={"requestBody": {"required": True, "content": _json_content(bodies)}},
+        openapi_extra={
+            "parameters": [TIMEOUT_PARAMETER],
+            "requestBody": {"required": True, "content": _json_content(bodies)},
+        },
     )
 
 

@@ -100,7 +100,7 @@ def test_retry_after_follows_the_measured_drain_rate(batcher, clock):
 @pytest.fixture
 def busy(clock):
     """At 20 tokens a second 40 tokens run and 20 wait."""
-    batcher = Batcher(max_queue_tokens=1000, max_queue_seconds=4.0, clock=clock)
+    batcher = Batcher(max_queue_tokens=1000, clock=clock)
 
     def steps():
         clock.now += 2.0
@@ -119,22 +119,56 @@ def busy(clock):
 
 
 def test_what_would_take_too_long_is_refused(busy):
-    with pytest.raises(QueueFull, match="would take 4050 ms with what waits already, at most 4000") as caught:
-        busy.submit(counted([], "late", 1), 21)
+    soon = busy._clock() + 4.0
+    with pytest.raises(
+        QueueFull, match="would take about 4050 ms with what waits already, 4000 ms are"
+    ) as caught:
+        busy.submit(counted([], "late", 1), 21, expected_by=soon)
     assert caught.value.retry_after_seconds == pytest.approx(0.05)
-    with pytest.raises(QueueFull) as caught:
-        busy.submit(counted([], "long", 1), 900)
+    with pytest.raises(
+        QueueFull, match="this request alone takes about 4500 ms, 4000 ms are allowed"
+    ) as caught:
+        busy.submit(counted([], "long", 1), 90, expected_by=soon)
     assert caught.value.retry_after_seconds == pytest.approx(60 / 20.0)
-    assert busy.submit(counted([], "timely", 1), 20) is not None
+    assert busy.submit(counted([], "timely", 1), 20, expected_by=soon) is not None
     assert busy.queue_tokens == 80
 
 
 def test_what_would_pass_its_deadline_is_refused_at_once(busy, clock):
-    with pytest.raises(QueueFull, match="3500 ms with what waits already, at most 3000"):
-        busy.submit(counted([], "late", 1), 10, deadline=clock.now + 3.0)
-    with pytest.raises(QueueFull, match="3500 ms with what waits already, at most 3000"):
-        busy.check_room(5, arriving=5, deadline=clock.now + 3.0)
+    with pytest.raises(QueueFull, match="3500 ms with what waits already, 3000 ms are allowed"):
+        busy.submit(counted([], "late", 1), 10, deadline=clock.now + 3.0, expected_by=clock.now + 9.0)
+    with pytest.raises(QueueFull, match="3500 ms with what waits already, 3000 ms are allowed"):
+        busy.check_room(5, arriving=5, expected_by=clock.now + 3.0, deadline=clock.now + 9.0)
+    with pytest.raises(DeadlineExceeded):
+        busy.submit(counted([], "over", 1), 1, deadline=clock.now)
     assert busy.submit(counted([], "timely", 1), 10, deadline=clock.now + 3.6) is not None
+
+
+def test_a_large_job_delays_others_by_its_turns_only(clock):
+    launcher = Launcher()
+    batcher = Batcher(max_queue_tokens=10**6, launcher=launcher, turn_tokens=4, clock=clock)
+    launcher.gate.set()
+    clock.now = 0.0
+    real_run = launcher.run
+
+    def run(launch, members):
+        clock.now += 1.0
+        return real_run(launch, members)
+
+    launcher.run = run
+    batcher.submit(Portions("first", 8), 8).result(10)
+    assert batcher.tokens_per_second == pytest.approx(4.0)
+    launcher.gate.clear()
+    launcher.started.clear()
+    large = batcher.submit(Portions("large", 4000), 4000)
+    assert launcher.started.wait(10)
+    small = batcher.submit(Portions("small", 2), 2, expected_by=clock.now + 1.6)
+    with pytest.raises(QueueFull, match="this request alone"):
+        batcher.submit(Portions("wide", 8), 8, expected_by=clock.now + 1.6)
+    large.cancel()
+    launcher.gate.set()
+    assert small.result(10).value == "small"
+    batcher.close()
 
 
 def test_nothing_is_too_late_where_nothing_waits(batcher, clock):

@@ -191,6 +191,7 @@ def test_a_sweep_measures_every_point_beside_the_whole_and_goes_on(world, tmp_pa
         sweep.Point("neurons", mlp_dim=10),
         sweep.Point("by magnitude", mlp_dim=10, method="magnitude"),
         sweep.Point("layer, healed", drop_layers=1, heal_steps=2),
+        sweep.Point("layer, healed longer", drop_layers=1, heal_steps=3),
     )
     cut = prune_config(world, drop_layers=0, mlp_dim=0, num_heads=0)
     heal = heal_config(world, "", loop=LoopConfig(num_steps=9))
@@ -199,10 +200,10 @@ def test_a_sweep_measures_every_point_beside_the_whole_and_goes_on(world, tmp_pa
     )
     sweep.main(config, tmp_path)
     rows = {row["name"]: row for row in json.loads((tmp_path / "report.json").read_text())["rows"]}
-    assert list(rows) == ["whole", "neurons", "by magnitude", "layer, healed"]
-    assert [row["layers"] for row in rows.values()] == [2, 2, 2, 1]
-    assert [row["mlp_dim"] for row in rows.values()] == [24, 10, 10, 24]
-    assert [row["heal_steps"] for row in rows.values()] == [0, 0, 0, 2]
+    assert list(rows) == ["whole", *(point.name for point in points)]
+    assert [row["layers"] for row in rows.values()] == [2, 2, 2, 1, 1]
+    assert [row["mlp_dim"] for row in rows.values()] == [24, 10, 10, 24, 24]
+    assert [row["heal_steps"] for row in rows.values()] == [0, 0, 0, 2, 3]
     assert rows["whole"]["difference"] == [0.0] * 3
     assert rows["whole"]["weights"] == rows["whole"]["speed"]["median"] == 1.0
     assert rows["neurons"]["weights"] < 0.8

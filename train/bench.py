@@ -225,7 +225,7 @@ def markdown(report: dict[str, Any]) -> str:
     versions = ", ".join(f"{name} {report[name]}" for name in (*PACKAGES, LLAMA) if name in report)
     others = (
         f"{LLAMA} is not installed here, so that llama.cpp has no rows."
-        if report["absent"]
+        if LLAMA not in report
         else "llama.cpp has as many as cores; *flash* is its kernel that rounds keys and values to F16."
     )
     lines = [
@@ -273,7 +273,6 @@ def main(config: BenchConfig, workdir: Path) -> None:
         "threads": len(os.sched_getaffinity(0)),
         "torch threads": num_threads(),
         **{package: importlib.metadata.version(package) for package in packages},
-        "absent": [] if has_llama() else [LLAMA],
         "commit": commit(),
         "num_items": config.num_items,
         "repeats": config.repeats,

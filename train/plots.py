@@ -137,17 +137,25 @@ def plot_tradeoff(path: str | Path, rows: Sequence[Mapping[str, Any]]) -> None:
     figure.savefig(path, dpi=160, facecolor="white")
 
 
+CUT = ("layers", "mlp_dim", "heads", "kv_heads", "method")
+"""What makes two rows the same cut."""
+
+
 def _healed_color(row: Mapping[str, Any]) -> str:
     return "#0b6e4f" if row["heal_steps"] else "#3b6ea5"
 
 
 def _longest_curve(rows: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
-    """The rows of the cut that was healed most often, by their steps; empty where none was healed twice."""
+    """The rows of the cut that was healed in most ways, by their steps; empty where none was healed twice."""
     cuts: dict[tuple, list[Mapping[str, Any]]] = {}
     for row in rows:
-        cuts.setdefault(tuple(row[name] for name in ("layers", "mlp_dim", "heads", "method")), []).append(row)
-    curve = max(cuts.values(), key=len)
-    return sorted(curve, key=lambda row: row["heal_steps"]) if len(curve) > 2 else []
+        cuts.setdefault(tuple(row[name] for name in CUT), []).append(row)
+
+    def times_healed(cut: Sequence[Mapping[str, Any]]) -> int:
+        return sum(row["heal_steps"] > 0 for row in cut)
+
+    curve = max(cuts.values(), key=times_healed)
+    return sorted(curve, key=lambda row: row["heal_steps"]) if times_healed(curve) > 1 else []
 
 
 def _plot_healing(axis: Any, curve: Sequence[Mapping[str, Any]]) -> None:

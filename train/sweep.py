@@ -151,6 +151,7 @@ def measure(
                 "layers": shape.num_layers,
                 "mlp_dim": shape.mlp_dim,
                 "heads": shape.num_heads,
+                "kv_heads": shape.num_kv_heads,
                 "weights": weights[name] / weights[WHOLE],
                 "ndcg@10": [mean, low, high],
                 "difference": list(difference),

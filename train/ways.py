@@ -152,7 +152,7 @@ def their_ways(ranker: TextRanker, folder: Path, dtype: str) -> dict[str, Way]:
 
 
 def has_llama() -> bool:
-    """It builds from source for a quarter of an hour, so that nothing asks for it."""
+    """Whether `llama_ways` can run; nothing asks for it, since it builds for a quarter of an hour."""
     return all(importlib.util.find_spec(name) for name in ("llama_cpp", "gguf"))
 
 

@@ -21,6 +21,7 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
+from jaxsearch.errors import InputError
 from jaxsearch.nn.attention import EMPTY_LSE
 from jaxsearch.nn.layers import matmul_precision
 
@@ -33,6 +34,14 @@ def form_here() -> tuple[Form, bool]:
     """The form for this backend, and whether it is interpreted: where there is neither TPU nor GPU."""
     backend = jax.default_backend()
     return ("tpu" if backend == "tpu" else "gpu"), backend == "cpu"
+
+
+def check_width(width: int) -> None:
+    """Raises: InputError when a head so wide does not fit the form for this backend."""
+    if form_here() == ("gpu", False) and (width < 16 or width & (width - 1)):
+        raise InputError(
+            f"the attention kernel takes heads of a power of two from 16 on, this model's have {width}; do without it"
+        )
 
 
 def key_block_of(form: Form, dtype: DTypeLike) -> int:

@@ -24,6 +24,7 @@ from jaxtyping import Array, Float, Int
 from jaxsearch.buckets import Lattice
 from jaxsearch.errors import InputError
 from jaxsearch.nn.packed import PackedPrompts
+from jaxsearch.nn.packed_kernel import check_width
 from jaxsearch.nn.transformer import Decoder, KeyValues
 from jaxsearch.scoring.packing import MAX_LABELS, Launch, ScoreRequest, Shapes, longest_first, unpack
 from jaxsearch.sharding import on_one_device
@@ -60,6 +61,8 @@ class PrefillScorer:
         self._weights = on_one_device(weights)
         self._vocab_size = decoder.config.vocab_size
         self.label_token_ids = self._checked_labels(label_token_ids)
+        if use_kernel:
+            check_width(decoder.config.head_dim)
         self.lattice, self.base, self.use_kernel = lattice, tuple(base), use_kernel
         self.shapes = Shapes(lattice, is_batch_invariant=is_batch_invariant)
         if self.base and is_batch_invariant:
