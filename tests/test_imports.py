@@ -1,6 +1,7 @@
-"""The direction of imports, the owners of heavy libraries, and the size of files, all over the syntax tree."""
+"""The direction of imports, the owners of heavy libraries, names, and the size of files, all over the syntax tree."""
 
 import ast
+import builtins
 import functools
 from collections.abc import Iterator
 from pathlib import Path
@@ -197,6 +198,25 @@ def test_the_library_and_the_launchers_import_where_heavy_libraries_are_absent(m
 @pytest.mark.parametrize("module", WITHOUT_JAX)
 def test_what_needs_no_jax_imports_none(module):
     assert not {name.split(".")[0] for name in reached(module)} & {"jax", "flax", "optax", "orbax"}
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_every_name_is_bound_somewhere(module):
+    """Linters take names in shape annotations for names of code, so that they cannot look for this."""
+    bound, used = {*dir(builtins), "__file__", "__doc__", "__name__"}, set()
+    for node in ast.walk(tree_of(module)):
+        match node:
+            case ast.Name():
+                (used if isinstance(node.ctx, ast.Load) else bound).add(node.id)
+            case ast.alias():
+                bound.add((node.asname or node.name).partition(".")[0])
+            case ast.FunctionDef() | ast.AsyncFunctionDef() | ast.ClassDef() | ast.ExceptHandler():
+                bound.add(node.name)
+            case ast.MatchAs() | ast.MatchStar():
+                bound.add(node.name)
+            case ast.arg():
+                bound.add(node.arg)
+    assert not used - bound
 
 
 @pytest.mark.parametrize("module", MODULES)
