@@ -130,18 +130,15 @@ class Batcher:
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.max_queue_tokens = max_queue_tokens
-        self._turn_tokens = turn_tokens
+        self._busy_tokens, self._turn_tokens = busy_tokens, turn_tokens
         self._live: set[_Job] = set()
-        self._launcher = launcher
-        self._clock = clock
+        self._launcher, self._clock = launcher, clock
         self._jobs: collections.deque[_Job] = collections.deque()
         self._wake = threading.Condition()
-        self._queue_tokens = 0
+        self._queue_tokens = self._num_running = self._running_tokens = 0
         self._rates = {has_steps: _Rate() for has_steps in (False, True)}
-        self._last_end = -math.inf
+        self._running_since = -math.inf
         self._is_stopping = False
-        self._num_running = self._running_tokens = 0
-        self._busy_tokens = busy_tokens
         self._threads = [
             threading.Thread(target=self._run, name=f"device-{number}", daemon=True)
             for number in range(num_threads)
@@ -237,7 +234,10 @@ class Batcher:
         """What all jobs take while a new one of so many tokens has its turns; `rate` where none of their kind is."""
         turns = max(tokens, self._turn_tokens)
         rates = {kind: measured.value or rate for kind, measured in self._rates.items()}
-        return sum(min(job.tokens_left, turns) / rates[job.has_steps] for job in self._live)
+        left = sum(min(job.tokens_left, turns) / rates[job.has_steps] for job in self._live)
+        return left - min(
+            self._clock() - self._running_since, self._running_tokens / rate
+        )  # which is done already
 
     def _run(self) -> None:
         while True:
@@ -248,6 +248,8 @@ class Batcher:
                     return
                 launch, members = self._gather()
                 tokens = sum(tokens for _, tokens in members)
+                if not self._num_running:
+                    self._running_since = self._clock()
                 self._num_running += 1
                 self._running_tokens += tokens
                 self._wake.notify()
@@ -256,9 +258,9 @@ class Batcher:
                 job.started = begun if job.started is None else job.started
             try:
                 if launch is not None and members:
-                    self._launch(launch, members, begun)
+                    self._launch(launch, members)
                 for job, _ in members if launch is None else ():
-                    self._step(job, begun)
+                    self._step(job)
             finally:
                 with self._wake:
                     self._num_running -= 1
@@ -316,7 +318,7 @@ class Batcher:
         self._drop(job)
         return True
 
-    def _launch(self, launch: Any, members: list[tuple[_Job, int]], begun: float) -> None:
+    def _launch(self, launch: Any, members: list[tuple[_Job, int]]) -> None:
         assert self._launcher is not None
         try:
             failed = self._launcher.run(launch, [job.work for job, _ in members])
@@ -324,7 +326,7 @@ class Batcher:
             failed = dict.fromkeys(range(len(members)), error)
         with self._wake:
             done = sum(self._forget(job, tokens) for job, tokens in members)
-            seconds = self._count(self._rates[False], done, begun)
+            seconds = self._count(self._rates[False], done)
             for member, (job, _) in enumerate(members):
                 job.in_flight -= 1
                 if member in failed:
@@ -333,7 +335,7 @@ class Batcher:
                     self._finish(job, job.work.result)  # pyright: ignore[reportAttributeAccessIssue]
         self._launcher.count(launch, seconds)
 
-    def _step(self, job: _Job, begun: float) -> None:
+    def _step(self, job: _Job) -> None:
         done, value, error = None, None, None
         try:
             done = next(job.work)  # pyright: ignore[reportArgumentType]
@@ -346,9 +348,7 @@ class Batcher:
             if error is not None:
                 self._fail(job, error)
                 return
-            self._count(
-                self._rates[True], self._forget(job, job.tokens_left if done is None else done), begun
-            )
+            self._count(self._rates[True], self._forget(job, job.tokens_left if done is None else done))
             if done is None:
                 self._finish(job, lambda: value)
             else:
@@ -379,11 +379,11 @@ class Batcher:
         self._queue_tokens -= tokens
         return tokens
 
-    def _count(self, rate: _Rate, tokens: int, begun: float) -> float:
-        """Keeps a drain rate; the seconds that count."""
+    def _count(self, rate: _Rate, tokens: int) -> float:
+        """Keeps a drain rate; the seconds since the device began or last ended something."""
         now = self._clock()
-        seconds = now - max(begun, self._last_end)
-        self._last_end = now
+        seconds = now - self._running_since
+        self._running_since = now
         if tokens:
             rate.add(tokens, seconds)
         return seconds

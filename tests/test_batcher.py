@@ -152,8 +152,9 @@ def test_a_large_job_delays_others_by_its_turns_only(clock):
     real_run = launcher.run
 
     def run(launch, members):
+        failed = real_run(launch, members)
         clock.now += 1.0
-        return real_run(launch, members)
+        return failed
 
     launcher.run = run
     batcher.submit(Portions("first", 8), 8).result(10)
@@ -162,9 +163,12 @@ def test_a_large_job_delays_others_by_its_turns_only(clock):
     launcher.started.clear()
     large = batcher.submit(Portions("large", 4000), 4000)
     assert launcher.started.wait(10)
-    small = batcher.submit(Portions("small", 2), 2, expected_by=clock.now + 1.6)
+    with pytest.raises(QueueFull, match="would take about 1500 ms"):
+        batcher.submit(Portions("small", 2), 2, expected_by=clock.now + 1.4)
     with pytest.raises(QueueFull, match="this request alone"):
-        batcher.submit(Portions("wide", 8), 8, expected_by=clock.now + 1.6)
+        batcher.submit(Portions("wide", 8), 8, expected_by=clock.now + 1.4)
+    clock.now += 0.5  # half of the launch is done
+    small = batcher.submit(Portions("small", 2), 2, expected_by=clock.now + 1.1)
     large.cancel()
     launcher.gate.set()
     assert small.result(10).value == "small"
