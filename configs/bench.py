@@ -2,7 +2,7 @@
 
 Command: python -m train.bench --config configs/bench.py --workdir work/bench
          in the environment of `make parity` (it needs torch), or `make bench`; the extra `llama` adds llama.cpp
-Time: 7 minutes on two CPU cores, 10 where nothing was compiled before.
+Time: 10 minutes on two CPU cores, llama.cpp's six rows included.
 Numbers: docs/results/bench.
 """
 
