@@ -18,8 +18,9 @@ Steps = Generator[int, None, Any]
 
 DEFAULT_RETRY_SECONDS = 1.0
 """Told to clients before anything was measured."""
-RATE_WEIGHT = 0.2
-"""Weight of the newest launch in the sums of tokens and seconds whose quotient is the drain rate."""
+RATE_WEIGHT = 0.05
+"""Weight of the newest launch in the sums of tokens and seconds whose quotient is the drain rate. Of two launches at
+once one may end right after the other: at overload, what a rate too high for a moment lets in is late."""
 LATE = "the request's time passed while it waited"
 
 
@@ -235,9 +236,8 @@ class Batcher:
         turns = max(tokens, self._turn_tokens)
         rates = {kind: measured.value or rate for kind, measured in self._rates.items()}
         left = sum(min(job.tokens_left, turns) / rates[job.has_steps] for job in self._live)
-        return left - min(
-            self._clock() - self._running_since, self._running_tokens / rate
-        )  # which is done already
+        done = min(self._clock() - self._running_since, self._running_tokens / rate)
+        return left - done
 
     def _run(self) -> None:
         while True:

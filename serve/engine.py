@@ -26,7 +26,7 @@ log = logging.getLogger("jaxsearch.serve")
 
 QUEUE_BATCHES = 8
 """Tokens that may wait, in largest launches, if the operator states no limit; a request of 50 items may take four."""
-SLO_SHARE = 0.85
+SLO_SHARE = 0.75
 """Of the service level, what a request may be expected to take when it is admitted; the rest is for what the
 expectation does not know: at overload every request is admitted at the limit."""
 EMBED_ROWS = 64
