@@ -114,9 +114,8 @@ class Batcher:
       max_queue_tokens: tokens that may wait; a job larger than this is taken when nothing else waits.
       launcher: for jobs that share launches.
       num_threads: launches that run at once; they share the device, so that each takes longer.
-      busy_tokens: threads beyond the first help only while so many tokens wait: then all finish sooner, otherwise a
-        request would only be slowed down by the next one.
-      turn_tokens: what a job does in one turn at most: a large one delays others by no more than its turns beside them.
+      launch_tokens: what fills a launch, and so a job's turn. Threads beyond the first help only while so many tokens
+        wait: then all finish sooner, otherwise a request would only be slowed down by the next one.
       clock: seconds, monotonic.
     """
 
@@ -126,12 +125,11 @@ class Batcher:
         max_queue_tokens: int,
         launcher: Launcher | None = None,
         num_threads: int = 1,
-        busy_tokens: int = 0,
-        turn_tokens: float = math.inf,
+        launch_tokens: int = 0,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.max_queue_tokens = max_queue_tokens
-        self._busy_tokens, self._turn_tokens = busy_tokens, turn_tokens
+        self._launch_tokens = launch_tokens
         self._live: set[_Job] = set()
         self._launcher, self._clock = launcher, clock
         self._jobs: collections.deque[_Job] = collections.deque()
@@ -224,20 +222,19 @@ class Batcher:
             most = max(min(limits) - now, 0.0)
             alone = tokens / (self._rates[has_steps].value or rate)
             before = arriving / rate + self._seconds_before(tokens, rate)
-        needed, allowed = before + alone, f"{1000 * most:.0f} ms are allowed"
+        needed, left = before + alone, f"{1000 * most:.0f} ms are left"
         if alone > most:
-            raise QueueFull(f"this request alone takes about {1000 * alone:.0f} ms, {allowed}", before)
+            raise QueueFull(f"this request alone takes about {1000 * alone:.0f} ms, {left}", before)
         if needed > most:
             why = f"the answer would take about {1000 * needed:.0f} ms with what waits already"
-            raise QueueFull(f"{why}, {allowed}", needed - most)
+            raise QueueFull(f"{why}, {left}", needed - most)
 
     def _seconds_before(self, tokens: int, rate: float) -> float:
         """What all jobs take while a new one of so many tokens has its turns; `rate` where none of their kind is."""
-        turns = max(tokens, self._turn_tokens)
+        turns = max(tokens, self._launch_tokens or math.inf)
         rates = {kind: measured.value or rate for kind, measured in self._rates.items()}
         left = sum(min(job.tokens_left, turns) / rates[job.has_steps] for job in self._live)
-        done = min(self._clock() - self._running_since, self._running_tokens / rate)
-        return left - done
+        return left - min(left, self._running_tokens / rate, self._clock() - self._running_since)
 
     def _run(self) -> None:
         while True:
@@ -270,7 +267,7 @@ class Batcher:
     def _is_due(self) -> bool:
         """Whether a thread should take something up."""
         waiting = self._queue_tokens - self._running_tokens
-        return bool(self._jobs) and (not self._num_running or waiting >= self._busy_tokens)
+        return bool(self._jobs) and (not self._num_running or waiting >= self._launch_tokens)
 
     def _gather(self) -> tuple[Any, list[tuple[_Job, int]]]:
         """What runs next: a launch with the jobs that joined it and their tokens, or one job for a step alone.

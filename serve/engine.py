@@ -123,8 +123,7 @@ class Engine:
             max_queue_tokens=max_queue_tokens or QUEUE_BATCHES * bundle.lattice.max_batch_tokens,
             launcher=self,
             num_threads=self.scorer.num_concurrent,
-            busy_tokens=bundle.lattice.max_batch_tokens,
-            turn_tokens=bundle.lattice.max_batch_tokens,
+            launch_tokens=bundle.lattice.max_batch_tokens,
         )
 
     def prepare(self) -> None:

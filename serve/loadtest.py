@@ -191,13 +191,15 @@ def _parser() -> argparse.ArgumentParser:
     add(
         "--max-growth",
         type=seconds,
-        default=0.02,
-        help="of the server's memory from the first to the last quarter of load, a share (default %(default)s)",
+        default=0.05,
+        help="of the server's memory from the first to the last quarter of load, a share (default %(default)s; "
+        "it swings by 0.03 in a minute, less in ten)",
     )
-    for phase, default in (
-        ("alone", 10), ("saturation", 20), ("load", 60), ("overload", 30), ("recovery", 30)
+    for name, default in (
+        ("--alone-seconds", 10.0), ("--saturation-seconds", 20.0), ("--load-seconds", 60.0),
+        ("--overload-seconds", 30.0), ("--recovery-seconds", 30.0),
     ):  # fmt: skip
-        add(f"--{phase}-seconds", type=seconds, default=float(default), help="default %(default)s")
+        add(name, type=seconds, default=default, help="of the phase (default %(default)s)")
     return parser
 
 

@@ -101,9 +101,7 @@ def plot_tradeoff(path: str | Path, rows: Sequence[Mapping[str, Any]]) -> None:
     from matplotlib.figure import Figure
 
     curve = _longest_curve(rows)
-    best_healed = max(
-        curve, key=lambda row: row["ndcg@10"][0], default=None
-    )  # the others' names are beside it
+    named = max(curve, key=lambda row: row["ndcg@10"][0], default=None)
     figure = Figure(figsize=(12 if curve else 8, 5), layout="constrained")
     axes = figure.subplots(1, 2, squeeze=False, width_ratios=(3, 2))[0] if curve else [figure.subplots()]
     axis = axes[0]
@@ -127,7 +125,7 @@ def plot_tradeoff(path: str | Path, rows: Sequence[Mapping[str, Any]]) -> None:
             ecolor="0.8",
             zorder=2,
         )
-        if row not in curve[1:] or row is best_healed:
+        if row not in curve[1:] or row is named:  # the curve beside it has the others' steps
             axis.annotate(
                 row["name"], (x, value), xytext=(6, 5), textcoords="offset points", fontsize=8, color="0.2"
             )
