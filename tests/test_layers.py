@@ -2,10 +2,11 @@
 
 import jax
 import jax.numpy as jnp
+import ml_dtypes
 import numpy as np
 import pytest
 
-from jaxsearch.nn.layers import matmul, project
+from jaxsearch.nn.layers import layer_at, matmul, narrowed, project
 
 RNG = np.random.default_rng(0)
 ROWS, KERNEL, WEIGHT = (RNG.normal(size=shape).astype(np.float32) for shape in ((37, 64), (64, 24), (37, 24)))
@@ -48,3 +49,41 @@ def test_rows_of_any_rank_are_projected_alike(dtype):
     rows = jnp.asarray(ROWS[:36], dtype).reshape(3, 2, 6, 64)
     flat = matmul(rows.reshape(36, 64), jnp.asarray(KERNEL, dtype))
     np.testing.assert_array_equal(project(rows, jnp.asarray(KERNEL, dtype)).reshape(36, 24), flat)
+
+
+def test_narrowing_is_to_nearest_even_and_keeps_what_is_no_number():
+    bits = RNG.integers(0, 2**32, 20_000, dtype=np.uint32)
+    edges = [0x3F808000, 0x3F818000, 0x7F7FFFFF, 0x7F800000, 0xFF800000, 0x80000001, 0x7FFFFFFF, 0xFFC00000]
+    values = np.concatenate([bits, np.array(edges, np.uint32)]).view(np.float32)
+    found = np.asarray(jax.jit(narrowed, static_argnums=1)(values, jnp.bfloat16))
+    with np.errstate(invalid="ignore"):
+        expected, is_number = values.astype(ml_dtypes.bfloat16), ~np.isnan(values)
+        np.testing.assert_array_equal(np.isnan(found), ~is_number)
+    np.testing.assert_array_equal(found.view(np.uint16)[is_number], expected.view(np.uint16)[is_number])
+    assert narrowed(jnp.ones(3), jnp.float32).dtype == jnp.float32
+
+
+def test_gradients_pass_through_narrowing():
+    @jax.jit
+    @jax.grad
+    def gradient(values):
+        return (narrowed(values, jnp.bfloat16).astype(jnp.float32) * WEIGHT).sum()
+
+    np.testing.assert_allclose(gradient(ROWS[:, :24]), WEIGHT, rtol=2**-8)  # the cotangent is bfloat16's
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_layers_are_read_in_place_and_as_they_are(dtype):
+    """XLA's CPU backend makes a float32 copy of a bfloat16 stack for a loop that takes slices of it."""
+    stack = jnp.asarray(RNG.normal(size=(8, 64, 64)) / 8, dtype)
+
+    @jax.jit
+    def chain(stack, rows):
+        return jax.lax.fori_loop(0, 8, lambda i, rows: matmul(rows, layer_at(stack, i)), rows)
+
+    rows = jnp.asarray(ROWS, dtype)
+    assert chain.lower(stack, rows).compile().memory_analysis().temp_size_in_bytes < stack.nbytes / 2
+    expected = rows
+    for kernel in stack:
+        expected = matmul(expected, kernel)
+    np.testing.assert_array_equal(chain(stack, rows), expected)

@@ -15,12 +15,10 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from jaxsearch.nn.attention import EMPTY_LSE, attention_with_lse, merge_attention
-from jaxsearch.nn.layers import matmul_precision
+from jaxsearch.nn.layers import matmul_precision, narrowed
 from jaxsearch.nn.packed_kernel import attend_blocks, form_here
 
 BLOCK_TOKENS = 64
-GROUP_BLOCKS = 2
-"""Blocks in one product on CPU, where groups take turns and their scores stay in the cache; elsewhere all at once."""
 
 
 class PackedQueries(NamedTuple):
@@ -73,7 +71,7 @@ def packed_attention(
         return attended
     everywhere = jnp.ones((1, base[0].shape[0]), bool)
     first, first_lse = attention_with_lse(queries, *base, everywhere)
-    return merge_attention(first, first_lse, attended, lse).astype(queries.dtype)
+    return narrowed(merge_attention(first, first_lse, attended, lse), queries.dtype)
 
 
 def _attend_by_kernel(
@@ -110,15 +108,17 @@ def _attend_by_groups(
     grouped = queries.reshape(num_groups, blocks, size, *queries.shape[1:])
     per_query = [each.reshape(num_groups, blocks, size, 1) for each in seen[:3]]
     per_block = [each.reshape(num_groups, blocks) for each in seen[3:5]]
+    keys, values = jnp.moveaxis(keys, 0, -1), jnp.moveaxis(values, 0, -2)  # [k h n], [k n h]
 
     def attend(window: tuple[int, int], group: Array) -> tuple[Array, Array]:
         places, starts, prefix_lengths = (each[group] for each in per_query)
-        own, own_places = _windows(per_block[0][group], min(window[0], keys.shape[0]), keys, values)
-        shared, shared_places = _windows(per_block[1][group], min(window[1], keys.shape[0]), keys, values)
+        own, own_places = _windows(per_block[0][group], min(window[0], keys.shape[-1]), keys, values)
+        shared, shared_places = _windows(per_block[1][group], min(window[1], keys.shape[-1]), keys, values)
         after = shared_places - per_block[1][group][:, None, None]
         is_shared = (after >= 0) & (after < prefix_lengths)
         is_own = (own_places >= starts) & (own_places <= places)
-        seen_keys, seen_values = (jnp.concatenate(pair, axis=1) for pair in zip(shared, own, strict=True))
+        seen_keys = jnp.concatenate([shared[0], own[0]], axis=-1)
+        seen_values = jnp.concatenate([shared[1], own[1]], axis=-2)
         mask = jnp.concatenate([is_shared, is_own], axis=-1)  # [blocks size s]
         bias = jax.lax.optimization_barrier(jnp.where(mask, 0.0, EMPTY_LSE))
         return _attend(grouped[group], seen_keys, seen_values, bias)
@@ -128,7 +128,7 @@ def _attend_by_groups(
     def step(group: Array, done: tuple[Array, Array]) -> tuple[Array, Array]:
         found = jax.lax.switch(seen.windows[group], branches, group)
         return tuple(  # pyright: ignore[reportReturnType]
-            jax.lax.dynamic_update_index_in_dim(into, part.astype(into.dtype), group, 0)
+            jax.lax.dynamic_update_index_in_dim(into, narrowed(part, into.dtype), group, 0)
             for into, part in zip(done, found, strict=True)
         )
 
@@ -138,19 +138,19 @@ def _attend_by_groups(
 
 
 def _attend(queries: Array, keys: Array, values: Array, bias: Array) -> tuple[Array, Array]:
-    """Of queries [blocks t k g h], keys and values [blocks s k h]; every query sees at least itself."""
+    """Of queries [blocks t k g h], keys [blocks k h s], values [blocks k s h]; every query sees at least itself."""
     accumulate = {"precision": matmul_precision(queries.dtype), "preferred_element_type": jnp.float32}
     num_blocks, size, heads, groups, width = queries.shape
     rows = jnp.moveaxis(queries, 1, -2).reshape(num_blocks, heads, groups * size, width)
-    scores = jnp.einsum("bkth,bskh->bkts", rows, keys, **accumulate)
+    scores = jnp.einsum("bkth,bkhs->bkts", rows, keys, **accumulate)
     scores = (
         scores.reshape(num_blocks, heads, groups, size, -1) * (1.0 / math.sqrt(width)) + bias[:, None, None]
     )
     peak = jnp.max(scores, axis=-1, keepdims=True)
     weights = jnp.exp(scores - peak)
     total = jnp.sum(weights, axis=-1, keepdims=True)
-    rows = weights.astype(values.dtype).reshape(num_blocks, heads, groups * size, -1)
-    attended = jnp.einsum("bkts,bskh->bkth", rows, values, **accumulate)
+    rows = narrowed(weights, values.dtype).reshape(num_blocks, heads, groups * size, -1)
+    attended = jnp.einsum("bkts,bksh->bkth", rows, values, **accumulate)
     attended = attended.reshape(num_blocks, heads, groups, size, width) / total
     return jnp.moveaxis(attended, -2, 1), jnp.moveaxis((peak + jnp.log(total))[..., 0], -1, 1)
 
@@ -158,12 +158,12 @@ def _attend(queries: Array, keys: Array, values: Array, bias: Array) -> tuple[Ar
 def _windows(
     starts: Array, size: int, keys: Array, values: Array
 ) -> tuple[tuple[Array, Array], Int[Array, "blocks 1 size"]]:
-    """`size` keys and values from each start on, or the last ones where fewer follow; and their places."""
-    starts = jnp.clip(starts, 0, keys.shape[0] - size)
+    """`size` of keys [k h n] and values [k n h] from each start on, or the last where fewer follow; their places."""
+    starts = jnp.clip(starts, 0, keys.shape[-1] - size)
 
-    def cut(rows: Array) -> Array:
-        if starts.shape[0] > GROUP_BLOCKS:
-            return jax.vmap(lambda start: jax.lax.dynamic_slice_in_dim(rows, start, size))(starts)
-        return jnp.stack([jax.lax.dynamic_slice_in_dim(rows, start, size) for start in starts])
+    def cut(rows: Array, axis: int) -> Array:
+        if starts.shape[0] == 1:
+            return jax.lax.dynamic_slice_in_dim(rows, starts[0], size, axis)[None]
+        return jax.vmap(lambda start: jax.lax.dynamic_slice_in_dim(rows, start, size, axis))(starts)
 
-    return (cut(keys), cut(values)), starts[:, None, None] + jnp.arange(size)[None, None]
+    return (cut(keys, 2), cut(values, 1)), starts[:, None, None] + jnp.arange(size)[None, None]

@@ -23,7 +23,9 @@ from jaxsearch.nn.layers import (
     Linear,
     RMSNorm,
     RopeScaling,
+    layer_at,
     matmul_precision,
+    narrowed,
     rope_frequencies,
     rotate,
     rows_at,
@@ -123,10 +125,8 @@ class Attention(nnx.Module):
         asking = inputs if places is None else rows_at(inputs, places)
         turned = rotation if places is None else tuple(rows_at(each, places) for each in rotation)
         lead = asking.shape[:-1]
-        queries, keys = (
-            self.q_proj(asking).reshape(*lead, -1, self.head_dim),
-            self.k_proj(inputs).reshape(heads),
-        )
+        queries = self.q_proj(asking).reshape(*lead, -1, self.head_dim)
+        keys = self.k_proj(inputs).reshape(heads)
         values = self.v_proj(inputs).reshape(heads)
         if self.q_norm is not None and self.k_norm is not None:
             queries, keys = self.q_norm(queries), self.k_norm(keys)
@@ -147,7 +147,8 @@ class GatedMlp(nnx.Module):
 
     def widen(self, inputs: Array) -> Array:
         """The neurons: all but `down_proj`."""
-        return jax.nn.silu(self.gate_proj(inputs)) * self.up_proj(inputs)
+        gate, up = self.gate_proj(inputs), self.up_proj(inputs)
+        return narrowed(jax.nn.silu(gate.astype(jnp.float32)) * up.astype(jnp.float32), gate.dtype)
 
 
 class DecoderLayer(nnx.Module):
@@ -316,9 +317,7 @@ class Decoder(nnx.Module):
         per_layer = () if base is None else (base.k[:, 0], base.v[:, 0])
 
         def run_layer(index: int | Array, hidden: Array, places: Array | None = None) -> Array:
-            weights, extra = jax.tree.map(
-                lambda leaf: jax.lax.dynamic_index_in_dim(leaf, index, keepdims=False), (stacked, per_layer)
-            )
+            weights, extra = jax.tree.map(lambda leaf: layer_at(leaf, index), (stacked, per_layer))
             seen = prompts.seen if places is None else prompts.ends
 
             def attend(queries, keys, values):

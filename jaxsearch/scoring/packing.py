@@ -14,7 +14,7 @@ import numpy as np
 from jaxtyping import Array, Int
 
 from jaxsearch.buckets import Lattice, round_up
-from jaxsearch.nn.packed import BLOCK_TOKENS, GROUP_BLOCKS, PackedPrompts, PackedQueries
+from jaxsearch.nn.packed import BLOCK_TOKENS, PackedPrompts, PackedQueries
 
 MAX_LABELS = 16
 """Label rows of every item: fewer labels are padded, so any set of label tokens runs without a new program."""
@@ -60,7 +60,7 @@ class Shapes:
 
     Args: `is_batch_invariant` gives every text the same place relative to its block, its window and the launch's end,
         and all launches one shape, so that a score does not depend on its neighbours, bit for bit. `has_groups` says
-        that attention takes a few blocks at a time; None: on CPU.
+        that attention takes a block at a time, whose scores stay in the cache; None: on CPU.
     """
 
     def __init__(
@@ -103,7 +103,7 @@ class Shapes:
 
     def group_blocks(self, num_blocks: int) -> int:
         """How many blocks one product takes."""
-        return GROUP_BLOCKS if self.has_groups else num_blocks
+        return 1 if self.has_groups else num_blocks
 
     def structure(self, size: int) -> PackedPrompts:
         """The shapes of a launch's arrays, in their places."""
