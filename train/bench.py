@@ -34,6 +34,7 @@ from jaxsearch.scoring.packing import MAX_LABELS, ScoreRequest
 from jaxsearch.scoring.prefill import PrefillScorer
 from train.config import Count
 from train.inputs import load_base, load_data
+from train.launch_time import launch_time
 from train.options import progress, run, say
 from train.speed import commit, matmul_peak, spread, take_turns, weights_per_token
 from train.ways import (
@@ -130,6 +131,30 @@ def make_ranker(config: BenchConfig, dtype: str) -> TextRanker:
     return new_ranker(keep_layers(base, layers), prompt, view=config.view)
 
 
+def make_scorer(config: BenchConfig, ranker: TextRanker) -> PrefillScorer:
+    lattice = Lattice.for_prompts(
+        max_prefix_tokens=config.max_shared_tokens,
+        max_item_tokens=config.max_item_tokens,
+        max_batch_tokens=config.max_batch_tokens,
+    )
+    return PrefillScorer(ranker.decoder, ranker.label_ids, lattice)
+
+
+def launch_times(config: BenchConfig) -> list[dict[str, Any]]:
+    """For each dtype what a launch of the shared prefix spends its time on, and the peak of a product of float32's."""
+    rows = []
+    for dtype in (*config.dtypes, "int8"):
+        row: dict[str, Any] = {"dtype": dtype, "peak": matmul_peak(dtype) / matmul_peak("float32")}
+        if dtype in config.dtypes:
+            ranker = make_ranker(config, dtype)
+            prompt = draw_requests(config, ranker)[0].prompt
+            request = ScoreRequest(prompt.prefix, prompt.items)
+            scorer = make_scorer(config, ranker)
+            row |= {"shares": launch_time(scorer, ranker.decoder, request, config.repeats)}
+        rows.append(row)
+    return rows
+
+
 def measure(config: BenchConfig, folder: Path) -> tuple[dict[str, int], list[dict[str, Any]]]:
     """The tokens of all requests, and a row for each way in each dtype."""
     ways: dict[tuple[str, str], Way] = {}
@@ -183,12 +208,7 @@ def measure(config: BenchConfig, folder: Path) -> tuple[dict[str, int], list[dic
 def compilations_after_ready(config: BenchConfig) -> int:
     """How many times XLA compiles while random requests are scored, by a decoder of one layer in the same shapes."""
     ranker = make_ranker(dataclasses.replace(config, layers=(0,)), config.dtypes[0])
-    lattice = Lattice.for_prompts(
-        max_prefix_tokens=config.max_shared_tokens,
-        max_item_tokens=config.max_item_tokens,
-        max_batch_tokens=config.max_batch_tokens,
-    )
-    scorer = PrefillScorer(ranker.decoder, ranker.label_ids, lattice)
+    scorer = make_scorer(config, ranker)
     scorer.compile()
     rng = np.random.default_rng(config.seed)
     vocab_size = ranker.decoder.config.vocab_size
@@ -249,6 +269,17 @@ def markdown(report: dict[str, Any]) -> str:
         computed = f"{row['computed_tokens']:.0f}" if "computed_tokens" in row else "not known"
         share = f"{row['share_of_peak']['median']:.0%}"
         lines.append(f"| {row['dtype']} | {row['way']} | {ratio} | {computed} | {share} |")
+    lines += [
+        "",
+        "Where the time of a full launch goes with a shared prefix, each part as a program of its own, one launch at a "
+        "time; and the peak of a matrix product over float32's (int8 is summed in int32; nothing here uses it).",
+        "",
+        "| dtype | linear maps | attention | the rest | peak |",
+        "| --- | ---: | ---: | ---: | ---: |",
+    ]
+    for row in report["launch_times"]:
+        shares = [f"{share:.0%}" for share in row.get("shares", {}).values()] or ["–"] * 3
+        lines.append(f"| {row['dtype']} | {' | '.join(shares)} | {row['peak']:.2f} |")
     return "\n".join(lines) + "\n"
 
 
@@ -278,6 +309,7 @@ def main(config: BenchConfig, workdir: Path) -> None:
         "repeats": config.repeats,
         "tokens": tokens,
         "rows": rows,
+        "launch_times": launch_times(config),
         "random_requests": config.random_requests,
         "compilations": compiled,
     }

@@ -33,6 +33,7 @@ from jaxsearch.retrieval.exact import ExactIndex
 from jaxsearch.scoring.packing import Launch, ScoreRequest, Shapes, unpack
 from jaxsearch.scoring.prefill import PrefillScorer
 from train.config import Count
+from train.launch_time import launch_time
 from train.options import run
 from train.speed import commit, flops_per_token, matmul_rates, spread, timed
 from train.step import MeshConfig, OptimizerConfig, TrainStep
@@ -188,11 +189,13 @@ def scoring(config: GpuSuiteConfig, peak: float, *, use_kernel: bool = False) ->
     items_per_second = [config.items / value for value in seconds]
     tokens = (config.prefix_tokens + config.items * config.item_tokens) / config.items
     flops_per_item = 2 * matmul_weights(config) * tokens
+    shares = launch_time(scorer, decoder, request(config.items), config.repeats)
     return {
         "items_per_second": spread(items_per_second),
         "share_of_matmul_peak": statistics.median(items_per_second) * flops_per_item / peak,
         "p95_milliseconds": float(np.percentile(small, 95)) * 1e3,
         "p50_milliseconds": float(np.percentile(small, 50)) * 1e3,
+        **{f"share_of_a_launch_in_{name}": share for name, share in shares.items()},
     }
 
 

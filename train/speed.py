@@ -58,10 +58,15 @@ def spread(values: list[float]) -> dict[str, float]:
 
 
 def matmul_rates(dtype: str, size: int, repeats: int) -> list[float]:
-    """FLOP/s of one device in products of two square matrices, summed in float32 as the networks' are."""
-    left = jax.random.normal(jax.random.key(0), (size, size), jnp.dtype(dtype))
-    precision = matmul_precision(left.dtype)
-    product = jax.jit(lambda x: jnp.dot(x, x, precision=precision, preferred_element_type=jnp.float32))
+    """Operations/s of one device in products of two square matrices, summed in float32 as in networks, or int32."""
+    is_float = jnp.issubdtype(jnp.dtype(dtype), jnp.floating)
+    draw = jax.random.normal if is_float else functools.partial(jax.random.randint, minval=-128, maxval=128)
+    left = draw(jax.random.key(0), (size, size), dtype=jnp.dtype(dtype))
+    options = {
+        "precision": matmul_precision(left.dtype),
+        "preferred_element_type": jnp.float32 if is_float else jnp.int32,
+    }
+    product = jax.jit(lambda x: jnp.dot(x, x, **options))
     return [2 * size**3 / seconds for seconds in timed(lambda: product(left), repeats)]
 
 
