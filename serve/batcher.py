@@ -114,8 +114,9 @@ class Batcher:
       max_queue_tokens: tokens that may wait; a job larger than this is taken when nothing else waits.
       launcher: for jobs that share launches.
       num_threads: launches that run at once; they share the device, so that each takes longer.
-      launch_tokens: what fills a launch, and so a job's turn. Threads beyond the first help only while so many tokens
-        wait: then all finish sooner, otherwise a request would only be slowed down by the next one.
+      launch_tokens: what fills a launch, and so a job's turn; 0: a turn is all that the job has. Threads beyond the
+        first help only while so many tokens wait: then all finish sooner, otherwise a request would only be slowed
+        down by the next one.
       clock: seconds, monotonic.
     """
 

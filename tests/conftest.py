@@ -1,7 +1,8 @@
 """Strictness for every test: shapes and dtypes are checked at each call, and nothing is promoted silently.
 
 Tests see one CPU device: what needs eight starts `tests/eight_devices.py`, so that no other test pays for them. What
-one test has compiled is there for all others of the run, and for the processes that tests start.
+one test has compiled is there for all others of the run, and for the processes that tests start. The fixtures are a
+batcher's, whose time passes when told to (see `tests/jobs.py`).
 """
 
 import atexit

@@ -1,6 +1,7 @@
 """Which jobs are taken: by the tokens that wait, by the time that they would take, and what the refused are told."""
 
 import threading
+import time
 
 import pytest
 
@@ -122,3 +123,33 @@ def test_nothing_is_too_late_where_nothing_waits(batcher, clock):
 def test_a_job_larger_than_the_queue_runs_when_nothing_waits(batcher):
     assert batcher.submit(counted([], "huge", 1), 5000).result(10).value == "huge"
     assert batcher.queue_tokens == 0
+
+
+def test_two_launches_of_one_job_do_not_count_as_time_won(clock):
+    launcher = Launcher()
+    batcher = Batcher(max_queue_tokens=10**6, launcher=launcher, num_threads=2, launch_tokens=4, clock=clock)
+    launcher.gate.set()
+    real_run = launcher.run
+
+    def run(launch, members):
+        failed = real_run(launch, members)
+        clock.now += 1.0
+        return failed
+
+    launcher.run = run
+    batcher.submit(Portions("first", 4), 4).result(10)
+    assert batcher.tokens_per_second == pytest.approx(4.0)
+    launcher.gate.clear()
+    large = Portions("large", 4000)
+    future = batcher.submit(large, 4000)
+    give_up = time.monotonic() + 10
+    while large.portions > 3992 and time.monotonic() < give_up:
+        time.sleep(0.01)
+    clock.now += (
+        3.0  # both launches are late: of the large job's turn nothing is left, and no more than nothing
+    )
+    with pytest.raises(QueueFull, match="would take about 1500 ms"):
+        batcher.check_room(2, arriving=4, expected_by=clock.now + 1.4)
+    future.cancel()
+    launcher.gate.set()
+    batcher.close()

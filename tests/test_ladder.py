@@ -14,7 +14,13 @@ from tests.tiny_collection import write_collection
 from train import ladder, ways
 
 OURS = ["one by one", "batches", "shared prefix"]
-OTHERS = ["pruned: cut", "shared prefix, short view", "encoder alone"]
+OTHERS = [
+    "pruned: cut",
+    "shared prefix, bfloat16",
+    "pruned: cut, bfloat16",
+    "shared prefix, short view",
+    "encoder alone",
+]
 
 
 @pytest.fixture(scope="module")

@@ -53,7 +53,7 @@ def test_what_would_be_answered_too_late_is_refused_at_once(bundle_directory, tm
             replies = list(pool.map(lambda _: client.post("/v1/rerank", json=body), range(16)))
         assert {reply.status_code for reply in replies} == {200, 429}
         refused = next(reply for reply in replies if reply.status_code == 429)
-        assert re.search("[01] ms are left", refused.json()["message"])
+        assert re.search(r"\b[01] ms are left", refused.json()["message"])
         assert int(refused.headers["retry-after"]) >= 1
 
 

@@ -25,9 +25,10 @@ def test_packed_attention_equals_dense_attention(dtype, base_tokens, sizes):
     check(attend, dtype, base_tokens, sizes, TOLERANCE[dtype])
 
 
-def test_in_one_group_too():
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_in_one_group_too(dtype):
     """As on an accelerator: all blocks at once."""
-    shapes = Shapes(SHAPES.lattice, has_groups=False)
+    shapes = Shapes(SHAPES.lattice, is_blockwise=False)
     assert shapes.windows == SHAPES.windows
     sizes = [(70, [200, 1, 64]), (1, [1]), (30, [130])]
-    check(attend, "float32", 9, sizes, TOLERANCE["float32"], shapes=shapes)
+    check(attend, dtype, 9, sizes, TOLERANCE[dtype], shapes=shapes)

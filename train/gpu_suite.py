@@ -10,7 +10,6 @@ bm25s nor a web framework.
 
 import dataclasses
 import datetime
-import functools
 import statistics
 import subprocess
 import sys
@@ -26,14 +25,13 @@ from flax import nnx
 from jaxsearch.buckets import Lattice
 from jaxsearch.files import write_json
 from jaxsearch.nn.layers import last_hidden
-from jaxsearch.nn.packed import PackedQueries, packed_attention
 from jaxsearch.nn.transformer import Decoder, DecoderConfig
 from jaxsearch.ranker import Ranker, RankerBatch, RankerLoss
 from jaxsearch.retrieval.exact import ExactIndex
-from jaxsearch.scoring.packing import Launch, ScoreRequest, Shapes, unpack
+from jaxsearch.scoring.packing import Launch, ScoreRequest, Shapes
 from jaxsearch.scoring.prefill import PrefillScorer
 from train.config import Count
-from train.launch_time import launch_time
+from train.launch_parts import attention_layers, launch_parts
 from train.options import run
 from train.speed import commit, flops_per_token, matmul_rates, spread, timed
 from train.step import MeshConfig, OptimizerConfig, TrainStep
@@ -189,13 +187,13 @@ def scoring(config: GpuSuiteConfig, peak: float, *, use_kernel: bool = False) ->
     items_per_second = [config.items / value for value in seconds]
     tokens = (config.prefix_tokens + config.items * config.item_tokens) / config.items
     flops_per_item = 2 * matmul_weights(config) * tokens
-    shares = launch_time(scorer, decoder, request(config.items), config.repeats)
+    parts = launch_parts(scorer, decoder, request(config.items), config.repeats)
     return {
         "items_per_second": spread(items_per_second),
         "share_of_matmul_peak": statistics.median(items_per_second) * flops_per_item / peak,
         "p95_milliseconds": float(np.percentile(small, 95)) * 1e3,
         "p50_milliseconds": float(np.percentile(small, 50)) * 1e3,
-        **{f"share_of_a_launch_in_{name}": share for name, share in shares.items()},
+        **{f"share_of_a_launch_in_{name}": share for name, share in parts.items()},
     }
 
 
@@ -209,32 +207,17 @@ def attention(config: GpuSuiteConfig) -> dict[str, Any]:
     request = ScoreRequest((0,) * config.prefix_tokens, [[0] * config.item_tokens] * config.items)
     while launch.add(0, request, list(range(config.items))):
         pass
-    size = launch.padded_tokens
-    seen = unpack(jnp.asarray(launch.arrays()[0]), shapes.structure(size)).seen
     groups = config.num_heads // config.num_kv_heads
-    shape = (size, config.num_kv_heads, groups + 2, config.head_dim)
+    shape = (launch.padded_tokens, config.num_kv_heads, groups + 2, config.head_dim)
     heads = jax.random.normal(jax.random.key(0), shape, jnp.bfloat16)
-    queries, keys, values = heads[:, :, :groups], heads[:, :, groups], heads[:, :, groups + 1]
-
-    def layers(count: int, use_kernel: bool) -> Callable[..., jax.Array]:
-        @jax.jit
-        def attend(seen: PackedQueries, queries: jax.Array, keys: jax.Array, values: jax.Array) -> jax.Array:
-            def step(_: Any, queries: jax.Array) -> jax.Array:
-                return packed_attention(queries, keys, values, seen, shapes.windows, None, use_kernel)
-
-            return jax.lax.fori_loop(0, count, step, queries)
-
-        return attend
-
-    full = [each.astype(jnp.float32) for each in (queries, keys, values)]
-    exact = layers(1, False)(seen, *full)
+    exact = attention_layers(launch, heads.astype(jnp.float32), 1)()
     figures: dict[str, Any] = {"tokens": launch.num_tokens}
     for name, use_kernel in (("xla", False), ("kernel", True)):
-        found = layers(1, use_kernel)(seen, queries, keys, values)
+        found = attention_layers(launch, heads, 1, use_kernel=use_kernel)()
         figures[f"{name}_max_error"] = float(jnp.max(jnp.abs(found.astype(jnp.float32) - exact)))
         if jax.default_backend() != "cpu" or not use_kernel:
-            run_ = layers(config.num_layers, use_kernel)
-            seconds = timed(functools.partial(run_, seen, queries, keys, values), config.repeats)
+            layers = attention_layers(launch, heads, config.num_layers, use_kernel=use_kernel)
+            seconds = timed(layers, config.repeats)
             figures[f"{name}_milliseconds"] = spread([1e3 * value for value in seconds])
     return figures
 

@@ -35,7 +35,16 @@ from train.evaluate import draw
 from train.inputs import check_view, load_data, load_retriever, mine
 from train.options import progress, run, say
 from train.plots import plot_ladder
-from train.rungs import Rung, Stage, encoder_rungs, our_rungs, pruned_rungs, short_view_rungs, torch_rungs
+from train.rungs import (
+    Rung,
+    Stage,
+    encoder_rungs,
+    our_rungs,
+    pruned_names,
+    shared_prefix_rungs,
+    short_view_rungs,
+    torch_rungs,
+)
 from train.speed import commit, spread, take_turns
 from train.ways import LIBRARIES, Request, check_agreement, missing_libraries
 
@@ -72,7 +81,7 @@ class LadderConfig:
     short_view: str = ""
     """The rung `shared prefix, short view`: a view that is shorter than the ranker's own; empty: no such rung."""
     dtype: Literal["float32", "bfloat16"] = "float32"
-    """Of the rankers' computation."""
+    """Of the rankers' computation; beside float32 the shared prefix runs in bfloat16 too."""
     num_queries: Count = 100
     """Test queries that NDCG@10 is measured on, drawn by the seed."""
     depth: Count = 10
@@ -95,10 +104,14 @@ def make_rungs(config: LadderConfig, stage: Stage, ranker: TextRanker, folder: P
     """
     theirs = torch_rungs(stage, ranker, folder, config.dtype) if has_torch_rungs() else []
     ours = our_rungs(stage, ranker)
+    pruned = {f"pruned: {name}": path for name, path in pruned_names(config.pruned).items()}
+    wide = {ours[-1].name: config.ranker} | pruned if config.dtype == "float32" else {}
+    narrow = {f"{name}, bfloat16": path for name, path in wide.items()}
     return [
         *theirs,
         *ours,
-        *pruned_rungs(stage, pruned_names(config), config.dtype),
+        *shared_prefix_rungs(stage, pruned, "pruned", config.dtype),
+        *shared_prefix_rungs(stage, narrow, "bfloat16", "bfloat16"),
         *short_view_rungs(stage, ranker, config.short_view, ours[-1].way),
         *encoder_rungs(stage, ranker, config.encoder, config.view),
     ]
@@ -115,18 +128,6 @@ def left_out() -> str:
     if missing := missing_libraries():
         return f"{', '.join(missing)} not installed here: left out; `make ladder` runs this where they are."
     return ""
-
-
-def pruned_names(config: LadderConfig) -> dict[str, str]:
-    """Folders by name: a folder's own, or its parent's where it is called `model`.
-
-    Raises: InputError when two have the same name.
-    """
-    paths = [Path(folder) for folder in config.pruned]
-    names = [path.parent.name if path.name == "model" else path.name for path in paths]
-    if len(set(names)) < len(names):
-        raise InputError(f"pruned: folders need names of their own; got {', '.join(names)}")
-    return dict(zip(names, config.pruned, strict=True))
 
 
 def quality(stage: Stage, rungs: Sequence[Rung], dtype: str) -> dict[str, dict[str, Any]]:
@@ -339,7 +340,7 @@ def markdown(report: dict[str, Any]) -> str:
 
 
 def main(config: LadderConfig, workdir: Path) -> None:
-    pruned_names(config)
+    pruned_names(config.pruned)
     ranker = load_ranker(config.ranker, dtype=config.dtype)
     collection, vertical = load_data(config, needs=("test",), view=config.view)
     check_view(collection, vertical, ranker.view, field="ranker")

@@ -180,7 +180,13 @@ def _plot_healing(axis: Any, curve: Sequence[Mapping[str, Any]]) -> None:
     )
 
 
-KIND_COLORS = {"torch": "0.45", "ours": "#3b6ea5", "pruned": "#0b6e4f", "neighbour": "#b36a1d"}
+KIND_COLORS = {
+    "torch": "0.45",
+    "ours": "#3b6ea5",
+    "pruned": "#0b6e4f",
+    "bfloat16": "#7a4fa3",
+    "neighbour": "#b36a1d",
+}
 WIDE = 20
 """Rates that differ by more than this are drawn on a logarithmic axis."""
 

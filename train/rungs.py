@@ -13,6 +13,7 @@ import numpy as np
 from jaxsearch.data.records import Collection, Query, Run
 from jaxsearch.data.verticals import Vertical
 from jaxsearch.encoder import TextEncoder
+from jaxsearch.errors import InputError
 from jaxsearch.metrics import PerQuery, rank_metrics
 from jaxsearch.ranker import TextRanker, load_ranker
 from train.evaluate import qrels_of
@@ -28,7 +29,7 @@ class Rung:
     """
 
     name: str
-    kind: Literal["torch", "ours", "pruned", "neighbour"]
+    kind: Literal["torch", "ours", "pruned", "bfloat16", "neighbour"]
     way: Way
     requests: Sequence[Request]
     is_same: bool = False
@@ -72,13 +73,27 @@ def our_rungs(stage: Stage, ranker: TextRanker) -> list[Rung]:
     return [Rung(name, "ours", way, requests, is_same=True) for name, way in ways.items()]
 
 
-def pruned_rungs(stage: Stage, folders: Mapping[str, str], dtype: str) -> list[Rung]:
+def pruned_names(folders: Sequence[str]) -> dict[str, str]:
+    """Folders by name: a folder's own, or its parent's where it is called `model`.
+
+    Raises: InputError when two have the same name.
+    """
+    paths = [Path(folder) for folder in folders]
+    names = [path.parent.name if path.name == "model" else path.name for path in paths]
+    if len(set(names)) < len(names):
+        raise InputError(f"pruned: folders need names of their own; got {', '.join(names)}")
+    return dict(zip(names, folders, strict=True))
+
+
+def shared_prefix_rungs(
+    stage: Stage, folders: Mapping[str, str], kind: Literal["pruned", "bfloat16"], dtype: str
+) -> list[Rung]:
+    """The shared prefix with rankers from `folders`, whose keys name the rungs."""
     rungs = []
     for name, folder in folders.items():
         ranker = load_ranker(folder, dtype=dtype)
         check_view(stage.collection, stage.vertical, ranker.view, field="pruned")
-        way = our_ways(ranker)["shared prefix"]
-        rungs.append(Rung(f"pruned: {name}", "pruned", way, stage.requests(ranker, ranker.view)))
+        rungs.append(Rung(name, kind, our_ways(ranker)["shared prefix"], stage.requests(ranker, ranker.view)))
     return rungs
 
 

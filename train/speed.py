@@ -72,7 +72,7 @@ def matmul_rates(dtype: str, size: int, repeats: int) -> list[float]:
 
 @functools.cache
 def matmul_peak(dtype: str) -> float:
-    """FLOP/s of all devices together, by the best of a few products on one: what shares are stated of.
+    """Operations/s of all devices together, by the best of a few products on one: what shares are stated of.
 
     Measured once a process. Simulated devices share one CPU, and count as one.
     """

@@ -179,7 +179,7 @@ class Decoder(nnx.Module):
     Args:
         config: shape and options.
         rngs: source of the initial weights (normal, 0.02).
-        dtype: of the computation; norms, softmax, rotations and logits are float32 in any case.
+        dtype: of the computation; norms, softmax, SiLU, rotations and logits are float32 in any case.
         param_dtype: of the stored weights.
         use_remat: in the backward pass recompute whole layers, holding one layer's activations. False keeps the
             outputs of the linear maps and recomputes the rest (measured: as fast as keeping everything).

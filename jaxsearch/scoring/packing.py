@@ -13,7 +13,7 @@ import jax
 import numpy as np
 from jaxtyping import Array, Int
 
-from jaxsearch.buckets import Lattice, round_up
+from jaxsearch.buckets import LAUNCH_MULTIPLE, Lattice, round_up
 from jaxsearch.nn.packed import BLOCK_TOKENS, PackedPrompts, PackedQueries
 
 MAX_LABELS = 16
@@ -59,14 +59,14 @@ class Shapes:
     """What launches of a lattice look like on this backend.
 
     Args: `is_batch_invariant` gives every text the same place relative to its block, its window and the launch's end,
-        and all launches one shape, so that a score does not depend on its neighbours, bit for bit. `has_groups` says
-        that attention takes a block at a time, whose scores stay in the cache; None: on CPU.
+        and all launches one shape, so that a score does not depend on its neighbours, bit for bit. `is_blockwise` says
+        that attention takes one block after another, whose scores stay in the cache, not all at once; None: on CPU.
     """
 
     def __init__(
-        self, lattice: Lattice, *, is_batch_invariant: bool = False, has_groups: bool | None = None
+        self, lattice: Lattice, *, is_batch_invariant: bool = False, is_blockwise: bool | None = None
     ) -> None:
-        self.has_groups = jax.default_backend() == "cpu" if has_groups is None else has_groups
+        self.is_blockwise = jax.default_backend() == "cpu" if is_blockwise is None else is_blockwise
         self.lattice = lattice
         self.is_batch_invariant = is_batch_invariant
         self.own, self.shared = lattice.own_windows(BLOCK_TOKENS).sizes, lattice.prefix_windows().sizes
@@ -77,7 +77,7 @@ class Shapes:
                 lattice.max_item_tokens, BLOCK_TOKENS
             )
             room = max(self.launches[-1], longest)
-            self.launches = (round_up(room + self.tail, 2 * BLOCK_TOKENS),)
+            self.launches = (round_up(room + self.tail, LAUNCH_MULTIPLE),)
         self.windows = tuple((own, shared) for shared in self.shared for own in self.own)
 
     @property
@@ -103,7 +103,7 @@ class Shapes:
 
     def group_blocks(self, num_blocks: int) -> int:
         """How many blocks one product takes."""
-        return 1 if self.has_groups else num_blocks
+        return 1 if self.is_blockwise else num_blocks
 
     def structure(self, size: int) -> PackedPrompts:
         """The shapes of a launch's arrays, in their places."""
