@@ -3,8 +3,8 @@
 Command: python -m train.ladder --config configs/ladder.py --workdir work/ladder
          in the environment of `make parity` (the rungs of torch need it), or `make ladder`
 Time: 13 minutes on two CPU cores with window_seconds=40 and one pruned ranker, the rungs in bfloat16 not counted.
-Numbers: docs/results/ladder, without those rungs. The demo's ranker reads the short view, so that no rung has less text. For
-         rankers that `train.prune` made: --set pruned=work/demo/prune/model
+Numbers: docs/results/ladder, without those rungs. The demo's ranker reads the short view, so that no rung has less
+         text. For rankers that `train.prune` made: --set pruned=work/demo/prune/model
 """
 
 from train.ladder import LadderConfig
