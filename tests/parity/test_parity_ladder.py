@@ -37,8 +37,9 @@ def test_torch_has_its_rungs_and_agrees(tmp_path):
         "one by one",
         "batches",
         "shared prefix",
+        "shared prefix, bfloat16",
     ]
-    assert all(row["largest_difference"] <= ways.AGREEMENT["float32"] for row in report["rows"])
+    assert all(row["largest_difference"] <= ways.AGREEMENT["float32"] for row in report["rows"][:-1])
     assert all("measured" not in row or row["measured"]["num_errors"] == 0 for row in report["rows"])
     assert report["versions"].keys() == {"jax", *ways.LIBRARIES}
     assert not report["left_out"]
