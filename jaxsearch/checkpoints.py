@@ -30,6 +30,7 @@ from jaxsearch.errors import InputError
 from jaxsearch.files import read_object, replace_folder, write_json
 from jaxsearch.nn.bert import Bert
 from jaxsearch.nn.convert import load_pretrained, save_pretrained
+from jaxsearch.nn.layers import narrow_weights
 from jaxsearch.nn.transformer import Decoder
 
 CARD = "jaxsearch.json"
@@ -292,7 +293,7 @@ def load_model(
 def load_decoder(
     directory: str | Path, *, kind: str, dtype: DTypeLike = jnp.float32
 ) -> tuple[Decoder, Tokenizer, dict[str, Any]]:
-    """A decoder with a card, its tokenizer and the card.
+    """A decoder with a card, its tokenizer and the card; its weights are kept in `dtype`, those of norms in float32.
 
     Args:
         kind: what the card must say that the folder holds ("judge", "ranker").
@@ -305,7 +306,7 @@ def load_decoder(
         raise InputError(
             f"{directory} holds {found}, not of kind {kind}: train one with python -m train.{kind}"
         )
-    return loaded.model, loaded.tokenizer, loaded.card
+    return narrow_weights(loaded.model), loaded.tokenizer, loaded.card
 
 
 def model_version(path: str | Path) -> str:

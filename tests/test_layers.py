@@ -1,12 +1,15 @@
-"""The linear map in half precision: native products, sums in float32, gradients of the operands' dtype."""
+"""Leaves in half precision: native products, sums in float32, gradients of the operands' dtype, narrow weights."""
 
 import jax
 import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
+from flax import nnx
 
-from jaxsearch.nn.layers import layer_at, matmul, narrowed, project
+from jaxsearch.nn.layers import layer_at, matmul, narrow_weights, narrowed, project
+from jaxsearch.sharding import flatten_state, param_axes
+from tests.small_models import QWEN2, make
 
 RNG = np.random.default_rng(0)
 ROWS, KERNEL, WEIGHT = (RNG.normal(size=shape).astype(np.float32) for shape in ((37, 64), (64, 24), (37, 24)))
@@ -87,3 +90,25 @@ def test_layers_are_read_in_place_and_as_they_are(dtype):
     for kernel in stack:
         expected = matmul(expected, kernel)
     np.testing.assert_array_equal(chain(stack, rows), expected)
+
+
+def test_narrow_weights_change_no_bit_of_what_is_computed():
+    whole = make(QWEN2, dtype=jnp.bfloat16)  # with biases
+    narrow = narrow_weights(whole)
+    tokens = jnp.asarray(RNG.integers(0, QWEN2.vocab_size, (2, 9)), jnp.int32)
+    compute = nnx.jit(lambda decoder, tokens: decoder.logits(decoder(tokens, where=tokens >= 0)))
+    assert np.array_equal(compute(whole, tokens), compute(narrow, tokens))
+    kept, axes = flatten_state(nnx.state(narrow)), param_axes(narrow)
+    assert {leaf.dtype for leaf in flatten_state(nnx.state(whole)).values()} == {jnp.dtype(jnp.float32)}
+    for name, leaf in kept.items():
+        assert leaf.dtype == (jnp.float32 if axes[name][-1] == "norm" else jnp.bfloat16), name
+
+
+def test_weights_that_are_narrow_enough_are_shared():
+    for dtype, param_dtype in ((jnp.float32, jnp.float32), (jnp.float32, jnp.bfloat16)):
+        whole = make(QWEN2, dtype=dtype, param_dtype=param_dtype)
+        pairs = zip(
+            *(flatten_state(nnx.state(model)).values() for model in (whole, narrow_weights(whole))),
+            strict=True,
+        )
+        assert all(mine is theirs for mine, theirs in pairs)

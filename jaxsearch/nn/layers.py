@@ -10,6 +10,7 @@ Norms and rotations are computed in float32 whatever the compute dtype. Next: `a
 import dataclasses
 import math
 from collections.abc import Callable
+from typing import TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -20,6 +21,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from jaxsearch.errors import InputError
 
+Model = TypeVar("Model", bound=nnx.Module)
 INIT_STD = 0.02
 ROPE_TYPES = ("linear", "dynamic", "llama3", "yarn")
 
@@ -216,6 +218,22 @@ class Embedding(nnx.Module):
 
     def __call__(self, ids: Int[Array, "*b"]) -> Float[Array, "*b d"]:
         return jnp.take(self.weight[...], ids, axis=0).astype(self.dtype)
+
+
+def narrow_weights(model: Model) -> Model:
+    """A model whose linear maps and tables keep their weights in the dtype they compute in, for scoring.
+
+    They round them to it at every use: no result changes (but with adapters on the output matrix), and each pass reads
+    half of the bytes in bfloat16. Norms stay, they compute in float32. Arrays that need no rounding are shared.
+    """
+    structure, state = nnx.split(model)
+    narrowed_model = nnx.merge(structure, jax.tree.map(lambda leaf: leaf, state))  # variables of its own
+    for _, module in nnx.iter_modules(narrowed_model):
+        if isinstance(module, Linear | Embedding):
+            for param in vars(module).values():
+                if isinstance(param, nnx.Param) and param.dtype.itemsize > module.dtype.itemsize:
+                    param.set_value(param[...].astype(module.dtype))
+    return narrowed_model
 
 
 @dataclasses.dataclass(frozen=True)

@@ -23,6 +23,7 @@ from jaxtyping import Array, Float, Int
 
 from jaxsearch.buckets import Lattice
 from jaxsearch.errors import InputError
+from jaxsearch.nn.layers import narrow_weights
 from jaxsearch.nn.packed import PackedPrompts
 from jaxsearch.nn.packed_kernel import check_width
 from jaxsearch.nn.transformer import Decoder, KeyValues
@@ -38,7 +39,8 @@ class PrefillScorer:
     """Label logits of items after a shared prefix, on one device; several threads may run launches.
 
     Args:
-      decoder: any `Decoder`; its weights are arguments of the programs, on the first device.
+      decoder: any `Decoder`; its weights are arguments of the programs, on the first device, in the dtype that it
+        computes in.
       label_token_ids: at most `MAX_LABELS` token ids.
       lattice: sizes of launches, and what a prompt may have (its prefix without `base`).
       base: tokens that every request's prefix begins with; computed once.
@@ -57,7 +59,7 @@ class PrefillScorer:
         is_batch_invariant: bool = False,
         use_kernel: bool = False,
     ) -> None:
-        self._graph, weights = nnx.split(decoder)
+        self._graph, weights = nnx.split(narrow_weights(decoder))
         self._weights = on_one_device(weights)
         self._vocab_size = decoder.config.vocab_size
         self.label_token_ids = self._checked_labels(label_token_ids)
@@ -94,7 +96,7 @@ class PrefillScorer:
     def use_weights(self, decoder: Decoder) -> None:
         """Scores with this decoder's weights from now on, wherever they are; same shapes: nothing is compiled again."""
         with self._lock:
-            self._weights = on_one_device(nnx.state(decoder))
+            self._weights = on_one_device(nnx.state(narrow_weights(decoder)))
             self._base_states = None
 
     def checked(self, request: ScoreRequest) -> ScoreRequest:
