@@ -140,6 +140,11 @@ def _mean(values: Array, where: Array) -> Array:
     return values.sum(axis=-1) / jnp.maximum(where.sum(axis=-1), 1).astype(values.dtype)
 
 
+def encode_request(prompt: PromptEncoder, query_text: str, document_texts: Sequence[str]) -> PromptTokens:
+    """The prompt of one query: a shared prefix and one item a document."""
+    return prompt.encode({"query": query_text}, [{"document": text} for text in document_texts])
+
+
 class TextRanker:
     """A ranker with its prompt. `label_ids` are the rows of the output matrix that scoring reads."""
 
@@ -162,8 +167,8 @@ class TextRanker:
         return self.ranker.label_ids
 
     def request(self, query_text: str, document_texts: Sequence[str]) -> PromptTokens:
-        """The prompt of one query: a shared prefix and one item a document."""
-        return self.prompt.encode({"query": query_text}, [{"document": text} for text in document_texts])
+        """`encode_request` with this ranker's prompt."""
+        return encode_request(self.prompt, query_text, document_texts)
 
     @staticmethod
     def scores(label_logits: Float[np.ndarray, "c k"]) -> Float[np.ndarray, "c"]:
@@ -173,8 +178,19 @@ class TextRanker:
 
 def new_ranker(decoder: Decoder, prompt: PromptEncoder, *, view: str, version: str = "") -> TextRanker:
     """A ranker around a decoder; answers are read where the prompt's tokenizer has its labels."""
-    label_ids = (prompt.tokenizer.token_id(LABELS[0]), prompt.tokenizer.token_id(LABELS[1]))
-    return TextRanker(Ranker(decoder, label_ids=label_ids), prompt, view=view, version=version)
+    return TextRanker(Ranker(decoder, label_ids=label_ids(prompt)), prompt, view=view, version=version)
+
+
+def label_ids(prompt: PromptEncoder) -> tuple[int, int]:
+    """The prompt's token ids of `LABELS`."""
+    return prompt.tokenizer.token_id(LABELS[0]), prompt.tokenizer.token_id(LABELS[1])
+
+
+def load_prompt(directory: str | Path) -> PromptEncoder:
+    """The prompt of a folder written by `save_ranker`, without its weights."""
+    return PromptEncoder.from_card(
+        checkpoints.read_card(Path(directory)), Tokenizer.from_path(Path(directory))
+    )
 
 
 def load_ranker(directory: str | Path, *, dtype=jnp.float32) -> TextRanker:

@@ -45,6 +45,7 @@ def config(tmp_path_factory):
         depth=4,
         timed_queries=2,
         window_seconds=0.2,
+        has_memory=False,
     )
 
 
@@ -91,6 +92,14 @@ def test_the_rate_is_the_one_that_a_queue_of_equal_requests_allows():
     assert load == pytest.approx(0.32, abs=0.02)  # measured 0.317
     assert 0.1 * ladder.simulated_rate([0.1] * 5, 100.0, seed=0) == pytest.approx(ladder.MOST_LOAD)
     assert ladder.simulated_rate([0.1] * 5, 0.05, seed=0) == 0
+
+
+def test_memory_is_measured_where_it_is_asked_for(config, tmp_path):
+    wanted = {"dtype": "bfloat16", "pruned": (), "short_view": "", "encoder": "", "has_memory": True}
+    ladder.main(dataclasses.replace(config, **wanted), tmp_path)
+    rows = json.loads((tmp_path / "report.json").read_text())["rows"]
+    assert [row["name"] for row in rows] == OURS
+    assert all(2**20 < row["memory_bytes"] < 2**30 for row in rows)  # measured 15 MiB, programs above all
 
 
 def test_different_scores_are_refused(config, tmp_path, monkeypatch):

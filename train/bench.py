@@ -22,6 +22,7 @@ import jax.monitoring
 import numpy as np
 
 from jaxsearch.buckets import Lattice
+from jaxsearch.checkpoints import save_model
 from jaxsearch.data.assets import resolve
 from jaxsearch.data.prompts import PromptEncoder
 from jaxsearch.data.tokenizer import Tokenizer
@@ -166,7 +167,8 @@ def measure(config: BenchConfig, folder: Path) -> tuple[dict[str, int], list[dic
     lengths = [len(item) for request in requests for item in request.prompt.items]
     for dtype, ranker in rankers.items():
         ours = our_ways(ranker, max_batch_tokens=config.max_batch_tokens)
-        made = their_ways(ranker, folder / dtype, dtype)
+        save_model(folder / dtype, ranker.decoder, ranker.tokenizer, {"kind": "decoder"})
+        made = their_ways(folder / dtype, ranker.prompt, ranker.label_ids, dtype)
         if has_llama():
             made |= llama_ways(ranker, folder / f"llama {dtype}", dtype)
         made |= {f"jaxsearch, {name}": ours[name] for name in ours}

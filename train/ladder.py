@@ -16,7 +16,6 @@ import functools
 import importlib.metadata
 import math
 import os
-import tempfile
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -28,11 +27,13 @@ import numpy as np
 from jaxsearch.errors import InputError
 from jaxsearch.files import write_json
 from jaxsearch.metrics import bootstrap_ci, paired_bootstrap
-from jaxsearch.ranker import TextRanker, load_ranker
+from jaxsearch.ranker import TextRanker
 from jaxsearch.scoring import load
 from train.config import Bound, Count, Rate
 from train.evaluate import draw
 from train.inputs import check_view, load_data, load_retriever, mine
+from train.ladder_report import in_ratios, markdown
+from train.memory import added_bytes
 from train.options import progress, run, say
 from train.plots import plot_ladder
 from train.rungs import (
@@ -41,6 +42,7 @@ from train.rungs import (
     encoder_rungs,
     our_rungs,
     pruned_names,
+    ranker_of,
     shared_prefix_rungs,
     short_view_rungs,
     torch_rungs,
@@ -92,18 +94,17 @@ class LadderConfig:
     """Passes over the timed queries."""
     window_seconds: Rate = 60.0
     """How long each rung is tried at its rate."""
+    has_memory: bool = True
+    """Measure memory too, on CPU: each rung in a process of its own, some ten seconds each."""
     slo_factor: Rate = 3.0
     """The SLO, one for all rungs: p99 within so many times the median of a request alone on the slowest rung."""
     seed: int = 0
 
 
-def make_rungs(config: LadderConfig, stage: Stage, ranker: TextRanker, folder: Path) -> list[Rung]:
-    """All rungs from the bottom up, the neighbours last; a further kind is a further list here.
-
-    Torch's weights are written to `folder`.
-    """
-    theirs = torch_rungs(stage, ranker, folder, config.dtype) if has_torch_rungs() else []
-    ours = our_rungs(stage, ranker)
+def make_rungs(config: LadderConfig, stage: Stage, ranker: TextRanker) -> list[Rung]:
+    """All rungs from the bottom up, the neighbours last; a further kind is a further list here."""
+    theirs = torch_rungs(stage, config.ranker, config.dtype) if has_torch_rungs() else []
+    ours = our_rungs(stage, config.ranker, config.dtype)
     pruned = {f"pruned: {name}": path for name, path in pruned_names(config.pruned).items()}
     wide = {ours[-1].name: config.ranker} | pruned if config.dtype == "float32" else {}
     narrow = {f"{name}, bfloat16": path for name, path in wide.items()}
@@ -112,7 +113,7 @@ def make_rungs(config: LadderConfig, stage: Stage, ranker: TextRanker, folder: P
         *ours,
         *shared_prefix_rungs(stage, pruned, "pruned", config.dtype),
         *shared_prefix_rungs(stage, narrow, "bfloat16", "bfloat16"),
-        *short_view_rungs(stage, ranker, config.short_view, ours[-1].way),
+        *short_view_rungs(stage, config.ranker, config.dtype, config.short_view),
         *encoder_rungs(stage, ranker, config.encoder, config.view),
     ]
 
@@ -161,6 +162,18 @@ def quality(stage: Stage, rungs: Sequence[Rung], dtype: str) -> dict[str, dict[s
             row["computed_tokens"] = padded / sum(len(request.documents) for request in rung.requests)
             row["padding"] = 1 - filled / padded
         found[rung.name] = row
+    return found
+
+
+def memory_of(config: LadderConfig, rungs: Sequence[Rung]) -> dict[str, int | None]:
+    """By rung, what it adds to a process that scores the timed requests."""
+    theirs = [name.replace("-", "_") for name in LIBRARIES if name not in missing_libraries()]
+    found: dict[str, int | None] = {}
+    with progress("memory", len(rungs)) as advance:
+        for rung in rungs:
+            requests = rung.requests[: config.timed_queries]
+            found[rung.name] = added_bytes(rung.make, requests, theirs if rung.kind == "torch" else ())
+            advance(text=rung.name)
     return found
 
 
@@ -266,82 +279,9 @@ def speed(config: LadderConfig, rungs: Sequence[Rung]) -> tuple[float, dict[str,
     return slo, found
 
 
-def in_ratios(report: dict[str, Any]) -> dict[str, Any]:
-    """The report with rates over the first rung's, back to back, and latencies in service levels: what carries over."""
-    base, slo_ms = report["rows"][0]["items_per_second"]["median"], report["slo_ms"]
-    rows = []
-    for row in report["rows"]:
-        simulated, measured = row["simulated"], row.get("measured")
-        rate = {name: value / base for name, value in row["items_per_second"].items()}
-        changed: dict[str, Any] = {
-            "items_per_second": rate,
-            "simulated": simulated | {"items_per_second": simulated["items_per_second"] / base},
-            "alone_ms": {"p50": row["alone_ms"]["p50"] / slo_ms},
-        }
-        if measured:
-            names = ("p50_ms", "p95_ms", "p99_ms")
-            taken = {name: None if measured[name] is None else measured[name] / slo_ms for name in names}
-            changed["measured"] = measured | taken
-        rows.append(row | changed)
-    return report | {"rows": rows}
-
-
-def markdown(report: dict[str, Any]) -> str:
-    """Of a report `in_ratios`."""
-    versions = ", ".join(f"{name} {version}" for name, version in report["versions"].items())
-    lines = [
-        f"# The ladder of scoring, {report['date']}",
-        "",
-        f"{report['device']}, {report['cores']} cores; {versions}; commit {report['commit']}. Ranker "
-        f"{report['ranker']} in {report['dtype']}, {report['depth']} documents a request, from texts to scores.",
-        *(["", report["left_out"]] if report["left_out"] else []),
-        "",
-        f"Quality: {report['num_queries']} test queries, 95 % intervals over queries; *retained* and *difference* are "
-        f"of {REFERENCE!r}. *computed*: token places computed for each item, *padding* the share of them without a "
-        f"token. *speed*: items a second of {report['timed_queries']} requests back to back over the first rung's "
-        f"median, {report['repeats']} passes, the rungs taking turns, median [minimum, maximum].",
-        "",
-        "| rung | NDCG@10 | retained | difference | computed | padding | speed |",
-        "| --- | ---: | ---: | ---: | ---: | ---: | ---: |",
-    ]
-    for row in report["rows"]:
-        value = "{:.3f} [{:.3f}, {:.3f}]".format(*row["ndcg@10"])
-        retained = f"{row['retained']:.1%}" if "retained" in row else "–"
-        difference = "{:+.3f} [{:+.3f}, {:+.3f}]".format(*row["difference"])
-        difference = "–" if row["name"] == REFERENCE else difference
-        cost = "– | –"
-        if "padding" in row:
-            cost = f"{row['computed_tokens']:.0f} | {row['padding']:.0%}"
-        items = "{median:.3g} [{minimum:.3g}, {maximum:.3g}]".format(**row["items_per_second"])
-        lines.append(f"| {row['name']} | {value} | {retained} | {difference} | {cost} | {items} |")
-    lines += [
-        "",
-        f"Under load: the SLO is p99 ≤ {report['slo_factor']:g} times the median of a request alone on the slowest "
-        "rung, one for all rungs; latencies are shares of it. *alone*: measured, no queue. *simulated*: the highest "
-        "rate of Poisson arrivals that meets the SLO when one server is fed with the measured times, busy for at most "
-        f"{MOST_LOAD:.0%} of the time (*load*); speed as above. *measured*: that rate for real, open loop, for "
-        f"{report['window_seconds']:g} s or {LEAST_REQUESTS} requests if that is longer, latency from when a request "
-        "was due; with fewer than 100 requests p99 is the slowest one. Memory is left out: one process holds all.",
-        "",
-        "| rung | measured alone: p50 | simulated: speed at the SLO | load | measured there: requests "
-        "| p50 | p95 | p99 | SLO met |",
-        "| --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: | --- |",
-    ]
-    for row in report["rows"]:
-        simulated, shown = row["simulated"], "– | – | – | –"
-        if found := row.get("measured"):
-            latencies = (found[f"p{percent}_ms"] for percent in (50, 95, 99))
-            told = ("failed" if value is None else f"{value:.3g}" for value in latencies)
-            shown = " | ".join([str(found["num_requests"]), *told])
-        load_shown = f"{simulated['items_per_second']:.3g} | {simulated['load']:.0%}"
-        met = "yes" if row["holds"] else "**no**"
-        lines.append(f"| {row['name']} | {row['alone_ms']['p50']:.3g} | {load_shown} | {shown} | {met} |")
-    return "\n".join([*lines, "", "![Speed and NDCG@10 of each rung](report.png)"]) + "\n"
-
-
 def main(config: LadderConfig, workdir: Path) -> None:
     pruned_names(config.pruned)
-    ranker = load_ranker(config.ranker, dtype=config.dtype)
+    ranker = ranker_of(config.ranker, config.dtype)
     collection, vertical = load_data(config, needs=("test",), view=config.view)
     check_view(collection, vertical, ranker.view, field="ranker")
     if config.short_view == ranker.view:
@@ -356,8 +296,8 @@ def main(config: LadderConfig, workdir: Path) -> None:
     stage = Stage(collection, vertical, queries, candidates)
     if sentence := left_out():
         say(sentence)
-    with tempfile.TemporaryDirectory() as folder:
-        rungs = make_rungs(config, stage, ranker, Path(folder))
+    rungs = make_rungs(config, stage, ranker)
+    memory = memory_of(config, rungs) if config.has_memory else {}
     qualities = quality(stage, rungs, config.dtype)
     slo, speeds = speed(config, rungs)
     packages = ["jax"]
@@ -373,20 +313,25 @@ def main(config: LadderConfig, workdir: Path) -> None:
         "retriever": retriever.version,
         "collection": collection.fingerprint(),
         "left_out": left_out(),
+        "reference": REFERENCE,
+        "most_load": MOST_LOAD,
+        "least_requests": LEAST_REQUESTS,
         "num_queries": len(queries),
         "depth": len(rungs[0].requests[0].documents),
         "timed_queries": min(config.timed_queries, len(queries)),
         "slo_ms": 1000 * slo,
         **{name: getattr(config, name) for name in ("dtype", "repeats", "window_seconds", "slo_factor")},
         "rows": [
-            {"name": rung.name, "kind": rung.kind} | qualities[rung.name] | speeds[rung.name]
+            {"name": rung.name, "kind": rung.kind, "memory_bytes": memory.get(rung.name)}
+            | qualities[rung.name]
+            | speeds[rung.name]
             for rung in rungs
         ],
     }
     write_json(workdir / "report.json", report)
     shown = in_ratios(report)
     (workdir / "report.md").write_text(markdown(shown), encoding="utf-8")
-    plot_ladder(workdir / "report.png", shown, reference=REFERENCE)
+    plot_ladder(workdir / "report.png", shown)
     say(markdown(shown))
 
 

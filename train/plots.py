@@ -191,11 +191,11 @@ WIDE = 20
 """Rates that differ by more than this are drawn on a logarithmic axis."""
 
 
-def plot_ladder(path: str | Path, report: Mapping[str, Any], *, reference: str) -> None:
+def plot_ladder(path: str | Path, report: Mapping[str, Any]) -> None:
     """A row per rung: speed back to back (light) and at the SLO (full) as bars, beside them NDCG@10."""
     from matplotlib.figure import Figure
 
-    rows = report["rows"]
+    rows, reference = report["rows"], report["reference"]
     figure = Figure(figsize=(11, 0.62 * len(rows) + 2.0), layout="constrained")
     speeds, quality = figure.subplots(1, 2, sharey=True, width_ratios=(3, 2))
     for place, row in enumerate(rows):

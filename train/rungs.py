@@ -4,7 +4,8 @@ Rungs are plain lists from small functions; `train.ladder` puts them in order an
 """
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+import functools
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Literal
 
@@ -12,27 +13,31 @@ import numpy as np
 
 from jaxsearch.data.records import Collection, Query, Run
 from jaxsearch.data.verticals import Vertical
-from jaxsearch.encoder import TextEncoder
 from jaxsearch.errors import InputError
 from jaxsearch.metrics import PerQuery, rank_metrics
-from jaxsearch.ranker import TextRanker, load_ranker
+from jaxsearch.ranker import TextRanker, label_ids, load_prompt, load_ranker
 from train.evaluate import qrels_of
 from train.inputs import check_view, load_retriever
-from train.ways import Request, Way, our_ways, their_ways
+from train.ways import SHARED_PREFIX, Request, Way, our_ways, their_ways
 
 
 @dataclasses.dataclass(frozen=True)
 class Rung:
     """A way to score, and its requests in the order of the queries.
 
-    `kind` is for the picture; `is_same` says that it computes what the whole ranker computes on its full text.
+    `make` can be pickled, so that another process can make the way too. `kind` is for the picture; `is_same` says that
+    it computes what the whole ranker computes on its full text.
     """
 
     name: str
     kind: Literal["torch", "ours", "pruned", "bfloat16", "neighbour"]
-    way: Way
+    make: Callable[[], Way]
     requests: Sequence[Request]
     is_same: bool = False
+
+    @functools.cached_property
+    def way(self) -> Way:
+        return self.make()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,16 +66,49 @@ class Stage:
         return rank_metrics(qrels, ranked, threshold=threshold, metrics=("ndcg@10",))["ndcg@10"]
 
 
-def torch_rungs(stage: Stage, ranker: TextRanker, folder: Path, dtype: str) -> list[Rung]:
-    """Its weights are written to `folder`, which is not needed afterwards."""
-    requests, ways = stage.requests(ranker, ranker.view), their_ways(ranker, folder, dtype)
-    return [Rung(name, "torch", way, requests, is_same=True) for name, way in ways.items()]
+@functools.cache
+def ranker_of(folder: str, dtype: str) -> TextRanker:
+    """Read once a process, for all rungs that it has."""
+    return load_ranker(folder, dtype=dtype)
 
 
-def our_rungs(stage: Stage, ranker: TextRanker) -> list[Rung]:
+@functools.cache
+def _our_ways(folder: str, dtype: str) -> dict[str, Way]:
+    return our_ways(ranker_of(folder, dtype))
+
+
+def our_way(folder: str, dtype: str, name: str) -> Way:
+    return _our_ways(folder, dtype)[name]
+
+
+@functools.cache
+def _their_ways(folder: str, dtype: str) -> dict[str, Way]:
+    prompt = load_prompt(folder)
+    return their_ways(Path(folder), prompt, label_ids(prompt), dtype)
+
+
+def their_way(folder: str, dtype: str, name: str) -> Way:
+    return _their_ways(folder, dtype)[name]
+
+
+def torch_rungs(stage: Stage, folder: str, dtype: str) -> list[Rung]:
+    """The ranker in `folder` run by torch."""
+    ranker = ranker_of(folder, dtype)
+    requests = stage.requests(ranker, ranker.view)
+    return [
+        Rung(name, "torch", functools.partial(their_way, folder, dtype, name), requests, is_same=True)
+        for name in _their_ways(folder, dtype)
+    ]
+
+
+def our_rungs(stage: Stage, folder: str, dtype: str) -> list[Rung]:
     """`shared prefix` is the last one."""
-    requests, ways = stage.requests(ranker, ranker.view), our_ways(ranker)
-    return [Rung(name, "ours", way, requests, is_same=True) for name, way in ways.items()]
+    ranker = ranker_of(folder, dtype)
+    requests = stage.requests(ranker, ranker.view)
+    return [
+        Rung(name, "ours", functools.partial(our_way, folder, dtype, name), requests, is_same=True)
+        for name in _our_ways(folder, dtype)
+    ]
 
 
 def pruned_names(folders: Sequence[str]) -> dict[str, str]:
@@ -91,17 +129,20 @@ def shared_prefix_rungs(
     """The shared prefix with rankers from `folders`, whose keys name the rungs."""
     rungs = []
     for name, folder in folders.items():
-        ranker = load_ranker(folder, dtype=dtype)
+        ranker = ranker_of(folder, dtype)
         check_view(stage.collection, stage.vertical, ranker.view, field="pruned")
-        rungs.append(Rung(name, kind, our_ways(ranker)["shared prefix"], stage.requests(ranker, ranker.view)))
+        make = functools.partial(our_way, folder, dtype, SHARED_PREFIX)
+        rungs.append(Rung(name, kind, make, stage.requests(ranker, ranker.view)))
     return rungs
 
 
-def short_view_rungs(stage: Stage, ranker: TextRanker, view: str, way: Way) -> list[Rung]:
+def short_view_rungs(stage: Stage, folder: str, dtype: str, view: str) -> list[Rung]:
     """The whole ranker on less text, where a view is named."""
     if not view:
         return []
-    return [Rung("shared prefix, short view", "neighbour", way, stage.requests(ranker, view))]
+    make = functools.partial(our_way, folder, dtype, SHARED_PREFIX)
+    requests = stage.requests(ranker_of(folder, dtype), view)
+    return [Rung("shared prefix, short view", "neighbour", make, requests)]
 
 
 def encoder_rungs(stage: Stage, ranker: TextRanker, folder: str, view: str) -> list[Rung]:
@@ -109,12 +150,13 @@ def encoder_rungs(stage: Stage, ranker: TextRanker, folder: str, view: str) -> l
     if not folder:
         return []
     requests = stage.requests(ranker, view)
-    return [Rung("encoder alone", "neighbour", encoder_way(load_retriever(folder), requests), requests)]
+    texts = tuple(dict.fromkeys(text for request in requests for text in request.documents))
+    return [Rung("encoder alone", "neighbour", functools.partial(encoder_way, folder, texts), requests)]
 
 
-def encoder_way(encoder: TextEncoder, requests: Sequence[Request]) -> Way:
+def encoder_way(folder: str, texts: Sequence[str]) -> Way:
     """Cosine of the query's embedding, made when it is asked for, with documents' that are made here."""
-    texts = list(dict.fromkeys(text for request in requests for text in request.documents))
+    encoder = load_retriever(folder)
     embeds = encoder.embed_documents(texts)
     place = {text: row for row, text in enumerate(texts)}
 

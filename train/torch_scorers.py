@@ -26,16 +26,16 @@ def num_threads() -> int:
 class DecoderScorer:
     """`AutoModelForCausalLM` on whole prompts, given as tokens; a score is yes minus no at the last position."""
 
-    def __init__(self, folder: Path, labels: Labels, *, dtype: str, batch_size: int):
+    def __init__(self, folder: Path, labels: Labels, *, dtype: str):
         kind = getattr(torch, dtype)
         self.model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=kind).eval()
-        self.labels, self.batch_size = list(labels), batch_size
+        self.labels = list(labels)
 
-    def __call__(self, prompts: Sequence[Sequence[int]]) -> Float[np.ndarray, "c"]:
+    def __call__(self, prompts: Sequence[Sequence[int]], batch_size: int) -> Float[np.ndarray, "c"]:
         order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))
         scores = np.zeros(len(prompts), np.float32)
-        for start in range(0, len(order), self.batch_size):
-            rows = order[start : start + self.batch_size]
+        for start in range(0, len(order), batch_size):
+            rows = order[start : start + batch_size]
             tokens = torch.zeros((len(rows), len(prompts[rows[0]])), dtype=torch.long)
             mask = torch.zeros_like(tokens)
             for row, i in enumerate(rows):  # on the left, so that all end at the last position

@@ -15,11 +15,10 @@ import numpy as np
 from jaxtyping import Float
 
 from jaxsearch.buckets import Lattice
-from jaxsearch.checkpoints import save_model
-from jaxsearch.data.prompts import PromptTokens
+from jaxsearch.data.prompts import PromptEncoder, PromptTokens
 from jaxsearch.errors import InputError
 from jaxsearch.nn.convert import save_pretrained
-from jaxsearch.ranker import TextRanker
+from jaxsearch.ranker import TextRanker, encode_request
 from jaxsearch.scoring.prefill import PrefillScorer, ScoreRequest
 
 AGREEMENT = {"float32": 1e-4, "bfloat16": 0.5}
@@ -30,6 +29,8 @@ LIBRARIES = ("torch", "transformers", "sentence-transformers")
 """What `their_ways` uses; the last may be missing."""
 F16_AGREEMENT = 0.05
 """The same where keys and values are rounded to F16 in float32; measured 3e-3."""
+SHARED_PREFIX = "shared prefix"
+"""The last of `our_ways`, for those who want one alone."""
 Tokens = Sequence[int]
 Key = tuple[str, str]
 """A dtype and a way's name."""
@@ -102,7 +103,7 @@ def our_ways(ranker: TextRanker, *, max_batch_tokens: int = 2048) -> dict[str, W
     return {
         "one by one": way(shared, alone),
         "batches": way(scorer(1, most_shared + most_item), whole),
-        "shared prefix": way(shared, lambda prompt: [ScoreRequest(prompt.prefix, prompt.items)]),
+        SHARED_PREFIX: way(shared, lambda prompt: [ScoreRequest(prompt.prefix, prompt.items)]),
     }
 
 
@@ -110,22 +111,22 @@ def missing_libraries() -> list[str]:
     return [name for name in LIBRARIES if not importlib.util.find_spec(name.replace("-", "_"))]
 
 
-def their_ways(ranker: TextRanker, folder: Path, dtype: str) -> dict[str, Way]:
-    """Torch with the same weights, which are written to `folder`; needs torch and transformers.
+def their_ways(folder: Path, prompt: PromptEncoder, label_ids: tuple[int, int], dtype: str) -> dict[str, Way]:
+    """Torch with the weights and the tokenizer of `folder`, read at their first use; needs torch and transformers.
 
     Decoders get our tokens; the cross-encoder, left out where sentence-transformers is not installed, gets texts that
     it tokenises to them.
     """
     from train.torch_scorers import CrossEncoderScorer, DecoderScorer
 
-    save_model(folder, ranker.decoder, ranker.tokenizer, {"kind": "decoder"})
+    @functools.cache
+    def decoder() -> DecoderScorer:
+        return DecoderScorer(folder, label_ids, dtype=dtype)
 
     def plain(batch_size: int) -> Way:
-        scorer = DecoderScorer(folder, ranker.label_ids, dtype=dtype, batch_size=batch_size)
-
         def score(request: Request) -> np.ndarray:
-            prompt = ranker.request(request.query, request.documents)
-            return scorer(request._replace(prompt=prompt).whole_prompts())
+            encoded = encode_request(prompt, request.query, request.documents)
+            return decoder()(request._replace(prompt=encoded).whole_prompts(), batch_size)
 
         def places(request: Request) -> Places:
             prompts = request.whole_prompts()
@@ -136,19 +137,22 @@ def their_ways(ranker: TextRanker, folder: Path, dtype: str) -> dict[str, Way]:
     ways = {"transformers, one by one": plain(1), "transformers, batches": plain(BATCHED)}
     if "sentence-transformers" in missing_libraries():
         return ways
-    decode = ranker.tokenizer.decode
-    limit = ranker.prompt.max_shared_tokens + ranker.prompt.max_item_tokens
-    encoder = CrossEncoderScorer(folder, ranker.label_ids, dtype=dtype, batch_size=BATCHED, max_tokens=limit)
+
+    @functools.cache
+    def encoder() -> CrossEncoderScorer:
+        limit = prompt.max_shared_tokens + prompt.max_item_tokens
+        return CrossEncoderScorer(folder, label_ids, dtype=dtype, batch_size=BATCHED, max_tokens=limit)
 
     @functools.cache
     def pairs(query: str, documents: tuple[str, ...]) -> list[tuple[str, str]]:
         """Made at the first call, which is not timed."""
-        prompt = ranker.request(query, documents)
-        return [(decode(prompt.prefix), decode(item)) for item in prompt.items]
+        encoded, decode = encode_request(prompt, query, documents), prompt.tokenizer.decode
+        return [(decode(encoded.prefix), decode(item)) for item in encoded.items]
 
-    return ways | {
-        "sentence-transformers": Way(lambda request: encoder(pairs(request.query, tuple(request.documents))))
-    }
+    def score_pairs(request: Request) -> np.ndarray:
+        return encoder()(pairs(request.query, tuple(request.documents)))
+
+    return ways | {"sentence-transformers": Way(score_pairs)}
 
 
 def has_llama() -> bool:

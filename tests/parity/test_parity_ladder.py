@@ -26,6 +26,7 @@ def test_torch_has_its_rungs_and_agrees(tmp_path):
             depth=4,
             timed_queries=1,
             window_seconds=0.2,
+            has_memory=False,
         ),
         tmp_path,
     )
