@@ -7,7 +7,9 @@ thousand items does not hold up one with two. No JAX here: what a launch or a st
 
 import collections
 import concurrent.futures
+import contextlib
 import dataclasses
+import logging
 import math
 import threading
 import time
@@ -22,6 +24,7 @@ RATE_WEIGHT = 0.05
 """Weight of the newest launch in the sums of tokens and seconds whose quotient is the drain rate. Of two launches at
 once one may end right after the other: at overload, what a rate too high for a moment lets in is late."""
 LATE = "the request's time passed while it waited"
+log = logging.getLogger("jaxsearch.serve")
 
 
 class Shareable(Protocol):
@@ -42,8 +45,8 @@ class Shareable(Protocol):
 class Launcher(Protocol):
     """Who opens launches, runs them for the work that joined, in the order of joining, and is told how long it took.
 
-    What failed is told by member. `seconds` count from the end of the launch that ended last: where several run at
-    once they share the time.
+    What failed is told by member. `seconds` count from the launch's begin or the end of the one that ended last,
+    whichever was later: where several run at once they share the time.
     """
 
     def open(self) -> Any: ...
@@ -66,8 +69,9 @@ class _Rate:
         self._tokens = self._seconds = 0.0
 
     def add(self, tokens: int, seconds: float) -> None:
-        self._tokens += tokens - RATE_WEIGHT * self._tokens
-        self._seconds += seconds - RATE_WEIGHT * self._seconds
+        if tokens:
+            self._tokens += tokens - RATE_WEIGHT * self._tokens
+            self._seconds += seconds - RATE_WEIGHT * self._seconds
 
     @property
     def value(self) -> float | None:
@@ -246,7 +250,7 @@ class Batcher:
                     return
                 launch, members = self._gather()
                 tokens = sum(tokens for _, tokens in members)
-                if not self._num_running:
+                if not self._running_tokens:
                     self._running_since = self._clock()
                 self._num_running += 1
                 self._running_tokens += tokens
@@ -258,7 +262,9 @@ class Batcher:
                 if launch is not None and members:
                     self._launch(launch, members)
                 for job, _ in members if launch is None else ():
-                    self._step(job)
+                    self._step(job, begun)
+            except Exception:  # the thread must live: others wait for it
+                log.exception("what ran is done, what comes after it failed")
             finally:
                 with self._wake:
                     self._num_running -= 1
@@ -267,7 +273,8 @@ class Batcher:
 
     def _is_due(self) -> bool:
         """Whether a thread should take something up."""
-        waiting = self._queue_tokens - self._running_tokens
+        steps = sum(job.tokens_left for job in self._live if job.in_flight and job.has_steps)
+        waiting = self._queue_tokens - self._running_tokens - steps
         return bool(self._jobs) and (not self._num_running or waiting >= self._launch_tokens)
 
     def _gather(self) -> tuple[Any, list[tuple[_Job, int]]]:
@@ -307,13 +314,14 @@ class Batcher:
 
     def _is_over(self, job: _Job) -> bool:
         """Whether its client left, its time has passed or it has failed; then nothing more of it runs."""
-        if not job.future.cancelled() and not job.future.done():
+        if not job.future.done():
             if job.deadline is None or self._clock() <= job.deadline:
                 return False
             _resolve(job.future, error=DeadlineExceeded(LATE))
-        if isinstance(job.work, Generator):
-            job.work.close()
         self._drop(job)
+        if isinstance(job.work, Generator):
+            with contextlib.suppress(Exception):
+                job.work.close()
         return True
 
     def _launch(self, launch: Any, members: list[tuple[_Job, int]]) -> None:
@@ -324,7 +332,9 @@ class Batcher:
             failed = dict.fromkeys(range(len(members)), error)
         with self._wake:
             done = sum(self._forget(job, tokens) for job, tokens in members)
-            seconds = self._count(self._rates[False], done)
+            now = self._clock()
+            seconds, self._running_since = now - self._running_since, now
+            self._rates[False].add(done, seconds)
             for member, (job, _) in enumerate(members):
                 job.in_flight -= 1
                 if member in failed:
@@ -333,7 +343,7 @@ class Batcher:
                     self._finish(job, job.work.result)  # pyright: ignore[reportAttributeAccessIssue]
         self._launcher.count(launch, seconds)
 
-    def _step(self, job: _Job) -> None:
+    def _step(self, job: _Job, begun: float) -> None:
         done, value, error = None, None, None
         try:
             done = next(job.work)  # pyright: ignore[reportArgumentType]
@@ -346,7 +356,8 @@ class Batcher:
             if error is not None:
                 self._fail(job, error)
                 return
-            self._count(self._rates[True], self._forget(job, job.tokens_left if done is None else done))
+            tokens = self._forget(job, job.tokens_left if done is None else done)
+            self._rates[True].add(tokens, self._clock() - begun)
             if done is None:
                 self._finish(job, lambda: value)
             else:
@@ -376,15 +387,6 @@ class Batcher:
         job.tokens_left -= tokens
         self._queue_tokens -= tokens
         return tokens
-
-    def _count(self, rate: _Rate, tokens: int) -> float:
-        """Keeps a drain rate; the seconds since the device began or last ended something."""
-        now = self._clock()
-        seconds = now - self._running_since
-        self._running_since = now
-        if tokens:
-            rate.add(tokens, seconds)
-        return seconds
 
 
 def _resolve(

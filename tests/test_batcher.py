@@ -4,7 +4,7 @@ import threading
 import numpy as np
 import pytest
 
-from serve.batcher import Batcher, DeadlineExceeded, Stopped
+from serve.batcher import Batcher, DeadlineExceeded, QueueFull, Stopped
 from tests.jobs import Launcher, Portions, blocked, counted
 
 
@@ -52,6 +52,56 @@ def test_a_failing_job_leaves_the_thread_alive(batcher):
         batcher.submit(steps(), 10).result(10)
     assert batcher.submit(counted([], "next", 1), 10).result(10).value == "next"
     assert batcher.queue_tokens == 0
+
+
+def test_a_step_beside_a_launch_leaves_each_its_own_time(clock):
+    launcher = Launcher()
+    batcher = Batcher(max_queue_tokens=1000, launcher=launcher, num_threads=2, launch_tokens=1, clock=clock)
+    started, gate = threading.Event(), threading.Event()
+    launched = batcher.submit(Portions("launched", 4), 4)
+    assert launcher.started.wait(10)
+    clock.now = 3.0
+    stepped = batcher.submit(blocked(started, gate), 10)
+    assert started.wait(10)
+    clock.now = 4.0
+    gate.set()
+    stepped.result(10)
+    clock.now = 10.0
+    launcher.gate.set()
+    launched.result(10)
+    batcher.close()
+    assert launcher.seconds == [10.0]
+    with pytest.raises(QueueFull, match="takes about 2000 ms"):  # 20 tokens at 10 a second
+        batcher.check_room(20, arriving=1, expected_by=11.0, has_steps=True)
+
+
+def test_what_fails_after_a_launch_leaves_the_thread_alive(clock):
+    class Counting(Launcher):
+        def count(self, launch, seconds):
+            raise ValueError("nobody counts")
+
+    launcher = Counting()
+    launcher.gate.set()
+    batcher = Batcher(max_queue_tokens=1000, launcher=launcher, clock=clock)
+    for name in ("first", "second"):
+        assert batcher.submit(Portions(name, 2), 2).result(10).value == name
+    batcher.close()
+
+
+def test_a_step_that_runs_wakes_no_second_thread(clock):
+    batcher = Batcher(
+        max_queue_tokens=1000, launcher=Launcher(), num_threads=2, launch_tokens=100, clock=clock
+    )
+    started, gate = threading.Event(), threading.Event()
+    long = batcher.submit(blocked(started, gate, 300), 300)
+    assert started.wait(10)
+    log = []
+    short = batcher.submit(counted(log, "short", 1), 2)
+    assert not concurrent.futures.wait([short], timeout=0.2).done
+    gate.set()
+    assert long.result(10).value == 300
+    assert short.result(10).value == "short"
+    batcher.close()
 
 
 def test_closing_finishes_what_was_accepted_and_takes_nothing_more():
