@@ -185,10 +185,10 @@ class TextEncoder:
         self._state = on_one_device(nnx.state(encoder))
 
     def embed_queries(self, texts: Sequence[str]) -> Float[np.ndarray, "q e"]:
-        return self._embed([self.query_instruction + text for text in texts], self.max_query_tokens)
+        return self.embed_encoded(self.encode_queries(texts), is_query=True)
 
     def embed_documents(self, texts: Sequence[str]) -> Float[np.ndarray, "c e"]:
-        return self._embed(texts, self.max_document_tokens)
+        return self.embed_encoded(self.encode_documents(texts), is_query=False)
 
     def encode_queries(self, texts: Sequence[str]) -> list[list[int]]:
         """Token ids as the network sees them, instruction and special tokens included."""
@@ -207,8 +207,9 @@ class TextEncoder:
     def _lengths(maximum: int) -> tuple[int, ...]:
         return (*(length for length in LENGTHS if length < maximum), maximum)
 
-    def _embed(self, texts: Sequence[str], maximum: int) -> Float[np.ndarray, "c e"]:
-        rows = self._encode(texts, maximum)
+    def embed_encoded(self, rows: Sequence[list[int]], *, is_query: bool) -> Float[np.ndarray, "c e"]:
+        """Embeddings of what `encode_queries` or, without `is_query`, `encode_documents` gave."""
+        lengths = self._lengths(self.max_query_tokens if is_query else self.max_document_tokens)
         order = sorted(range(len(rows)), key=lambda i: len(rows[i]))
         out = np.zeros((len(rows), self.embed_dim), np.float32)
         start = 0
@@ -217,7 +218,7 @@ class TextEncoder:
             count = next((size for size in ROWS if size >= left), ROWS[-1])
             picked = order[start : start + count]
             chosen = [rows[i] for i in picked] + [[self.tokenizer.pad_id]] * (count - len(picked))
-            tokens, where = pad_tokens(chosen, pad_id=self.tokenizer.pad_id, lengths=self._lengths(maximum))
+            tokens, where = pad_tokens(chosen, pad_id=self.tokenizer.pad_id, lengths=lengths)
             embeds = self._program(count, tokens.shape[1])(self._state, tokens, where)
             out[picked] = np.asarray(embeds)[: len(picked)]
             start += count

@@ -120,7 +120,9 @@ class Engine:
         self.num_retrieved = min(MAX_DEPTH, len(bundle.documents))
         self.slo_seconds = slo_seconds
         self.batcher = Batcher(
-            max_queue_tokens=max_queue_tokens or QUEUE_BATCHES * bundle.lattice.max_batch_tokens,
+            max_queue_tokens=QUEUE_BATCHES * bundle.lattice.max_batch_tokens
+            if max_queue_tokens is None
+            else max_queue_tokens,
             launcher=self,
             num_threads=self.scorer.num_concurrent,
             launch_tokens=bundle.lattice.max_batch_tokens,
@@ -160,6 +162,8 @@ class Engine:
     def close(self) -> None:
         """Answers what is queued, then stops the device threads."""
         self.batcher.close()
+        if self._lengths is not None:
+            self._lengths.close()
 
     @property
     def num_programs(self) -> int:
@@ -212,14 +216,14 @@ class Engine:
         """Embeds texts; the outcome is float32 [texts, e] and the number of tokens."""
         return Job(*self._embed(texts, is_query))
 
-    def retrieve_job(self, query: str, mask: Bool[np.ndarray, "c"] | None) -> Job:
+    def retrieve_job(self, query: str, filter_where: Bool[np.ndarray, "c"] | None) -> Job:
         """Embeds a query and searches the index: (scores, positions), best first, and the search's seconds."""
         embedding, tokens = self._embed([query], True)
 
         def steps() -> Steps:
             embeds, _ = yield from embedding
             begun = time.perf_counter()
-            hits = self._search(embeds, mask)
+            hits = self._search(embeds, filter_where)
             return hits, time.perf_counter() - begun
 
         return Job(steps(), tokens)
@@ -228,26 +232,25 @@ class Engine:
         encoder = self.bundle.encoder
         limit = encoder.max_query_tokens if is_query else encoder.max_document_tokens
         texts = [text[: (limit + 1) * encoder.tokenizer.max_token_chars] for text in texts]
-        encode = encoder.encode_queries if is_query else encoder.encode_documents
-        embed = encoder.embed_queries if is_query else encoder.embed_documents
-        lengths = [len(row) for row in encode(texts)]
+        rows = encoder.encode_queries(texts) if is_query else encoder.encode_documents(texts)
+        lengths = [len(row) for row in rows]
 
         def steps() -> Steps:
             parts = []
-            for start in range(0, len(texts), EMBED_ROWS):
+            for start in range(0, len(rows), EMBED_ROWS):
                 if start:
                     yield sum(lengths[start - EMBED_ROWS : start])
-                parts.append(embed(texts[start : start + EMBED_ROWS]))
+                parts.append(encoder.embed_encoded(rows[start : start + EMBED_ROWS], is_query=is_query))
             self.telemetry.tokens.labels("real").inc(sum(lengths))
             return np.concatenate(parts), sum(lengths)
 
         return steps(), sum(lengths)
 
     def _search(
-        self, query_embeds: Float[np.ndarray, "1 e"], mask: Bool[np.ndarray, "c"] | None
+        self, query_embeds: Float[np.ndarray, "1 e"], filter_where: Bool[np.ndarray, "c"] | None
     ) -> tuple[Float[np.ndarray, "c"], Int[np.ndarray, "c"]]:
         """Always the same k, so that one program serves every depth; empty places are left out."""
-        hits = self.bundle.index.search(query_embeds, self.num_retrieved, mask)
+        hits = self.bundle.index.search(query_embeds, self.num_retrieved, filter_where)
         is_found = hits.positions[0] != NO_DOCUMENT
         return hits.scores[0][is_found], hits.positions[0][is_found]
 

@@ -1,7 +1,7 @@
 """Filters and facets over the fields of the corpus, column by column.
 
 A filter is `{"and": [...]}`, `{"or": [...]}`, `{"not": ...}` or `{"field": name, op: value}` with one of the operators
-`eq ne in lt lte gt gte exists`; it becomes one boolean per document, which the indexes take as a mask.
+`eq ne in lt lte gt gte exists`; it becomes one boolean per document, which the indexes take as `filter_where`.
 """
 
 import collections
@@ -97,7 +97,7 @@ class Columns:
             raise InputError(f"unknown field {name!r} in {where}; known fields: {', '.join(self.names)}")
         return self._columns[name]
 
-    def mask(self, node: Mapping[str, Any]) -> Bool[np.ndarray, "c"]:
+    def where(self, node: Mapping[str, Any]) -> Bool[np.ndarray, "c"]:
         """True for documents that pass the filter.
 
         Raises: InputError for an unknown field, operator or wrong type, saying what is known; or a filter of more than

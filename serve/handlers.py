@@ -156,7 +156,7 @@ class Service:
         width = self.engine.bundle.encoder.embed_dim
         if body.dimensions not in (None, width):
             raise RequestError(400, f"dimensions must be {width}, the encoder's width", param="dimensions")
-        job = await self._host(call, texts, self.engine.embed_job, texts, body.is_query)
+        job = await self._host(call, texts, self.engine.embed_job, texts, body.is_query, is_embedding=True)
         self._check_tokens(job.tokens)
         embeds, tokens = await self._run(call, job)
         return body.reply(embeds, model=self._model, tokens=tokens)
@@ -167,6 +167,8 @@ class Service:
         if body.timeout_ms is not None:
             call.end_within(body.timeout_ms)
         self._check_query(body.query)
+        if body.cursor is None:
+            self._check_room(call, self.searcher.expected_tokens(body))
 
         async def run(job: Job) -> Outcome:
             return await self._outcome(call, job)
@@ -276,14 +278,19 @@ class Service:
         return self.engine.score_job(request)
 
     async def _host(
-        self, call: Call, texts: Sequence[str], function: Callable[..., Any], *arguments: Any
+        self,
+        call: Call,
+        texts: Sequence[str],
+        function: Callable[..., Any],
+        *arguments: Any,
+        is_embedding: bool = False,
     ) -> Any:
         """Does what depends on `texts` in a thread, timed as "tokenize". Raises: QueueFull before, where no room is."""
-        most = self.engine.scorer.lattice.max_item_tokens  # what is longer is cut
-        tokens = sum(min(len(text) // CHARACTERS_PER_TOKEN, most) for text in texts)
-        self.engine.batcher.check_room(
-            tokens, arriving=self._arriving_tokens, deadline=call.deadline, expected_by=call.expected_by
-        )
+        most = self.engine.scorer.lattice.max_item_tokens
+        if is_embedding:
+            most = self.engine.bundle.encoder.max_document_tokens
+        tokens = sum(min(len(text) // CHARACTERS_PER_TOKEN, most) for text in texts)  # what is longer is cut
+        self._check_room(call, tokens, has_steps=is_embedding)
         begun = time.perf_counter()
         self._arriving_tokens += tokens
         try:
@@ -291,6 +298,16 @@ class Service:
         finally:
             self._arriving_tokens -= tokens
             call.seconds["tokenize"] = time.perf_counter() - begun
+
+    def _check_room(self, call: Call, tokens: int, *, has_steps: bool = False) -> None:
+        """Raises: QueueFull, DeadlineExceeded as `Batcher.check_room`, which counts what is being tokenised too."""
+        self.engine.batcher.check_room(
+            tokens,
+            arriving=self._arriving_tokens,
+            deadline=call.deadline,
+            expected_by=call.expected_by,
+            has_steps=has_steps,
+        )
 
     async def _run(self, call: Call, job: Job) -> Any:
         outcome = await self._outcome(call, job)

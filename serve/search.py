@@ -63,6 +63,7 @@ class Searcher:
         ]
         self._bm25 = Bm25Index(texts, [document.id for document in self.bundle.documents])
         self._items: dict[int, tuple[list[int], bool]] = {}
+        self._item_tokens = 0
         self._pinned: collections.OrderedDict[str, _Pinned] = collections.OrderedDict()
 
     @property
@@ -75,6 +76,13 @@ class Searcher:
         """The same fields with their kinds and what they can be filtered by."""
         return self._columns.described
 
+    def expected_tokens(self, body: SearchBody) -> int:
+        """About what ranking will take, by the documents ranked so far: most of a search, known only at its end."""
+        if not self._items:
+            return 0
+        depth = min(body.rank.depth, body.retrieve.depth, len(self.bundle.documents))
+        return depth * self._item_tokens // len(self._items)
+
     async def search(self, body: SearchBody, run: RunJob) -> dict[str, Any]:
         """The reply to one search.
 
@@ -86,19 +94,19 @@ class Searcher:
         if body.cursor is not None:
             return self._page(body, begun)
         stages: dict[str, float] = {}
-        mask = await self._host(self._mask, body)
+        filter_where = await self._host(self._filter_where, body)
         for facet in body.facets:
             self._columns.column(facet, where="facets")
         for field in body.fields or ():
             self._columns.column(field, where="fields")
         vectors = None
         if "embedding" in body.retrieve.sources:
-            outcome = await run(self.engine.retrieve_job(body.query, mask))
+            outcome = await run(self.engine.retrieve_job(body.query, filter_where))
             vectors, stages["retrieve"] = outcome.value
             stages["encode"] = outcome.compute_seconds - stages["retrieve"]
             stages["queue"] = outcome.queue_seconds
         mark = time.perf_counter()
-        candidates = await self._host(self._fuse, body, mask, vectors)
+        candidates = await self._host(self._fuse, body, filter_where, vectors)
         stages["fuse"] = time.perf_counter() - mark
         depth = min(body.rank.depth, len(candidates.positions))
         scored, truncated = None, set[int]()
@@ -117,7 +125,7 @@ class Searcher:
             "facets": {name: self._counts(name, candidates.positions) for name in body.facets},
             "total": len(results),
             "depth_used": {"retrieve": len(candidates.positions), "rank": depth},
-            "starved": mask is not None and len(candidates.positions) < wanted,
+            "starved": filter_where is not None and len(candidates.positions) < wanted,
             "model_revision": self.bundle.revision,
             "index_revision": self.bundle.index_revision,
             "usage": scored.usage() if scored else {"prompt_tokens": 0, "total_tokens": 0},
@@ -146,13 +154,13 @@ class Searcher:
         if not body.retrieve.sources:
             raise InputError("retrieve.sources is empty; give 'embedding', 'bm25' or both")
 
-    def _mask(self, body: SearchBody) -> Bool[np.ndarray, "c"] | None:
-        return None if body.filter is None else self._columns.mask(body.filter)
+    def _filter_where(self, body: SearchBody) -> Bool[np.ndarray, "c"] | None:
+        return None if body.filter is None else self._columns.where(body.filter)
 
     def _fuse(
         self,
         body: SearchBody,
-        mask: Bool[np.ndarray, "c"] | None,
+        filter_where: Bool[np.ndarray, "c"] | None,
         vectors: tuple[np.ndarray, np.ndarray] | None,
     ) -> Candidates:
         depth = min(body.retrieve.depth, len(self.bundle.documents))
@@ -160,7 +168,7 @@ class Searcher:
         if vectors is not None:
             sources["embedding"] = _ranked(*vectors, depth)
         if "bm25" in body.retrieve.sources:
-            hits = self._bm25.search([body.query], depth, mask)
+            hits = self._bm25.search([body.query], depth, filter_where)
             is_found = hits.positions[0] != NO_DOCUMENT
             sources["bm25"] = _ranked(hits.scores[0][is_found], hits.positions[0][is_found], depth)
         runs = [{"": {str(p): score for p, (_, score) in found.items()}} for found in sources.values()]
@@ -176,6 +184,8 @@ class Searcher:
         texts = [self.bundle.vertical.document_text(documents[position], ranker.view) for position in new]
         prompt = ranker.request(query, texts)
         for position, item, is_cut in zip(new, prompt.items, prompt.truncated, strict=True):
+            if position not in self._items:
+                self._item_tokens += len(item)
             self._items[position] = (item, is_cut)
         items = [self._items[position][0] for position in positions]
         job = self.engine.score_job(ScoreRequest(prompt.prefix, items))

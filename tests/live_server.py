@@ -10,6 +10,7 @@ import threading
 import time
 
 import httpx
+import numpy as np
 import uvicorn
 
 from serve.routes import create_app
@@ -32,6 +33,25 @@ def serving(engine, limits=None):
     finally:
         server.should_exit = True
         thread.join()
+
+
+@contextlib.contextmanager
+def device(engine, before):
+    """Every scoring program calls `before` with its tokens, then runs."""
+    programs = dict(engine.scorer._programs)
+
+    def wrapped(size, program):
+        def run(weights, base, ints, labels):
+            before(np.asarray(ints)[:size])
+            return program(weights, base, ints, labels)
+
+        return run
+
+    engine.scorer._programs.update({size: wrapped(size, program) for size, program in programs.items()})
+    try:
+        yield
+    finally:
+        engine.scorer._programs.update(programs)
 
 
 @contextlib.contextmanager

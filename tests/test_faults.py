@@ -23,7 +23,7 @@ from jaxsearch.bundle import MANIFEST, load_bundle
 from serve.engine import Engine
 from serve.handlers import Limits
 from serve.telemetry import Telemetry
-from tests.live_server import running, serving, wait_until_ready
+from tests.live_server import device, running, serving, wait_until_ready
 from tests.tiny_bundle import relist, write_tiny_bundle
 
 MARK = "~"
@@ -50,25 +50,6 @@ def engine(bundle_directory):
 def server(engine):
     with serving(engine, Limits(max_items=10_000, max_request_tokens=10**7)) as client:
         yield client
-
-
-@contextlib.contextmanager
-def device(engine, before):
-    """Every scoring program calls `before` with its tokens, then runs."""
-    programs = dict(engine.scorer._programs)
-
-    def wrapped(size, program):
-        def run(weights, base, ints, labels):
-            before(np.asarray(ints)[:size])
-            return program(weights, base, ints, labels)
-
-        return run
-
-    engine.scorer._programs.update({size: wrapped(size, program) for size, program in programs.items()})
-    try:
-        yield
-    finally:
-        engine.scorer._programs.update(programs)
 
 
 @pytest.fixture
