@@ -89,6 +89,11 @@ def test_layers_that_add_nothing_go_first():
         drop_layers(model, 4, lambda _: 0.0)
 
 
+def test_a_layer_without_which_nothing_is_a_number_stays():
+    damages = iter([0.3, float("nan"), 0.1, 0.2])
+    assert drop_layers(_model(), 1, lambda _: next(damages)) == ([0, 1, 3], [(2, 0.1)])
+
+
 def batches(config, count=3, seed=0):
     """Rows of two packed texts and padding, of which the first tokens do not count."""
     random = np.random.default_rng(seed)

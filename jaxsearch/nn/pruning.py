@@ -58,7 +58,7 @@ def drop_layers(
 ) -> tuple[list[int], list[Dropped]]:
     """The layers that stay when `count` go one by one, each time the one whose absence does the least damage.
 
-    Args: `damage` measures a smaller decoder, lower is better; it is called about layers * count times.
+    Args: `damage` measures a smaller decoder, lower is better, NaN worst; it is called about layers * count times.
     Returns: indices for `keep_layers`; what went, in that order.
     Raises: InputError when no layer would stay.
     """
@@ -67,7 +67,7 @@ def drop_layers(
         raise InputError(f"{count} of {len(kept)} layers cannot go: at least one must stay")
     for _ in range(count):
         damages = [damage(keep_layers(model, [other for other in kept if other != layer])) for layer in kept]
-        best = int(np.argmin(damages))
+        best = int(np.argmin(np.nan_to_num(damages, nan=np.inf)))
         dropped.append(Dropped(kept.pop(best), float(damages[best])))
     return kept, dropped
 
@@ -100,15 +100,17 @@ def collect_moments(model: Decoder, batches: Iterable[PackedTokens]) -> Moments:
     """
     graph, weights = nnx.split(model)
     run = jax.jit(functools.partial(_moments, graph))
-    mlp: Any = 0.0
-    heads: Any = 0.0
+    sums: list[Float64[np.ndarray, "l f f"]] = []
     num_tokens = 0
     for batch in batches:
-        of_mlp, of_heads = jax.device_get(run(weights, *batch))
-        mlp, heads = mlp + of_mlp.astype(np.float64), heads + of_heads.astype(np.float64)
+        found = jax.device_get(run(weights, *batch))
+        sums = sums or [np.zeros(moment.shape, np.float64) for moment in found]
+        for total, moment in zip(sums, found, strict=True):
+            total += moment
         num_tokens += int(np.sum(batch.where))
     if not num_tokens:
         raise InputError("there are no tokens to calibrate pruning on")
+    mlp, heads = sums
     return Moments(mlp, heads, num_tokens)
 
 
