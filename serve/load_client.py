@@ -36,8 +36,18 @@ DIALECTS = {
     "rerank": Dialect("/v1/rerank", lambda asked: {"query": asked.query, "documents": asked.items}),
     "score": Dialect("/v1/score", lambda asked: {"query": asked.query, "items": asked.items}),
     "tei": Dialect("/rerank", lambda asked: {"query": asked.query, "texts": asked.items}),
+    "search": Dialect(
+        "/v1/search",
+        lambda asked: {
+            "query": asked.query,
+            "top_k": len(asked.items),
+            "rank": {"depth": len(asked.items)},
+            "fields": [],
+        },
+    ),
 }
-"""Cohere's, Jina's and vLLM's rerank; SGLang's score; Text Embeddings Inference's rerank."""
+"""Cohere's, Jina's and vLLM's rerank; SGLang's score; Text Embeddings Inference's rerank; our search, which finds its
+own items and ranks as many of them."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -86,18 +96,22 @@ class Target:
 
     Args:
       fields: further fields of every body, such as a model's name.
+    Raises: InputError for what is no address.
     """
 
     def __init__(self, url: str, dialect: str, *, fields: Mapping[str, Any]) -> None:
         self.url = url
         self.dialect = DIALECTS[dialect]
         self.fields = fields
-        self._client = httpx.AsyncClient(
-            base_url=url,
-            timeout=TIMEOUT_SECONDS,
-            limits=httpx.Limits(max_connections=None, max_keepalive_connections=None),
-            trust_env=False,  # a proxy would be measured with the server
-        )
+        try:
+            self._client = httpx.AsyncClient(
+                base_url=url,
+                timeout=TIMEOUT_SECONDS,
+                limits=httpx.Limits(max_connections=None, max_keepalive_connections=None),
+                trust_env=False,  # a proxy would be measured with the server
+            )
+        except httpx.InvalidURL as error:
+            raise InputError(f"{url} is no address ({error}); change --url") from None
 
     async def aclose(self) -> None:
         await self._client.aclose()
@@ -140,7 +154,10 @@ class Target:
     async def info(self) -> dict[str, Any]:
         """What `/info` says; {} when the server has none."""
         reply = await self._get("/info")
-        content = orjson.loads(reply.content) if reply.is_success else {}
+        try:
+            content = orjson.loads(reply.content) if reply.is_success else {}
+        except orjson.JSONDecodeError:  # a page, say
+            content = {}
         return content if isinstance(content, dict) else {}
 
     async def texts(self, info: Mapping[str, Any]) -> list[str]:
@@ -160,7 +177,10 @@ class Target:
                 "retrieve": {"sources": ["embedding"], "depth": MAX_TEXTS},
                 "rank": {"depth": 0},
             }
-            reply = await self._client.post("/v1/search", json=body)
+            try:
+                reply = await self._client.post("/v1/search", json=body)
+            except httpx.HTTPError as error:
+                raise InputError(f"{hint} (/v1/search does not answer: {error!r})") from None
             if not reply.is_success:
                 raise InputError(f"{hint} (/v1/search answers {reply.status_code}: {reply.text[:200]})")
             for result in orjson.loads(reply.content)["results"]:

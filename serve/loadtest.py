@@ -15,9 +15,9 @@ import collections
 import contextlib
 import datetime
 import sys
-from collections.abc import Callable, Mapping, Sequence
+import tempfile
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import rich.console
 import rich.progress
@@ -27,6 +27,7 @@ from jaxsearch.scoring.load import REFUSED, TextSource
 from serve.load_client import DIALECTS, Target, read_label_token_ids, read_texts
 from serve.load_phases import SLO_FACTOR, LoadTest, Phase, expected_tail
 from serve.load_report import Check, Report, table, write_report
+from serve.protocol import number_above
 
 WARM_UP_REQUESTS = 3
 MAX_CLIENT_CPU = 0.8
@@ -140,28 +141,20 @@ async def measure(options: argparse.Namespace, progress: rich.progress.Progress)
 
 
 def _make_folder(path: str) -> None:
+    """Before anything is measured. Raises: InputError when nothing can be written there."""
     try:
         Path(path).mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=path):
+            pass
     except OSError as error:
         raise InputError(f"cannot write to {path} ({error.strerror}); choose another --out") from None
-
-
-def _above_zero(kind: Callable[[str], Any]) -> Callable[[str], Any]:
-    def number(text: str) -> Any:
-        value = kind(text)
-        if not 0 < value < float("inf"):
-            raise ValueError
-        return value
-
-    number.__name__ = "number above 0"
-    return number
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m serve.loadtest", description=(__doc__ or "").split("\n")[0]
     )
-    seconds, count = _above_zero(float), _above_zero(int)
+    seconds, count = number_above(0, float), number_above(0, int)
     add = parser.add_argument
     add("--url", default="http://127.0.0.1:8000", help="the running server (default %(default)s)")
     add("--out", default="work/loadtest", help="folder for report and samples (default %(default)s)")
@@ -173,7 +166,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--label-token-ids", help="token ids in every request, such as 9454,2753")
     add("--items", type=count, default=10, help="items of a request (default %(default)s)")
     add("--query-words", type=count, default=8, help="most words of a query (default %(default)s)")
-    add("--seed", type=int, default=0, help="of texts and arrivals (default %(default)s)")
+    add("--seed", type=number_above(-1, int), default=0, help="of texts and arrivals (default %(default)s)")
     add("--connections", type=count, default=8, help="at saturation (default %(default)s)")
     add(
         "--slo-ms",

@@ -3,7 +3,7 @@
     python -m serve.main --bundle work/demo/export/bundle --port 8000
 
 The port answers once the bundle is read and checked; `/ready` says 200 when every program is compiled and the
-self-test has passed. SIGTERM refuses what is new, answers what was accepted, then stops.
+self-test has passed. SIGTERM refuses what is new, answers what was accepted, for a minute at most, then stops.
 """
 
 import argparse
@@ -13,6 +13,7 @@ import os
 import signal
 import socket
 import sys
+import time
 from pathlib import Path
 
 import jax
@@ -26,11 +27,12 @@ from serve.engine import Engine
 from serve.handlers import Limits
 from serve.plan import LengthLog, load_lattice
 from serve.programs import load_programs, saved_programs
-from serve.protocol import MAX_BODY_BYTES, MAX_ITEMS, read_milliseconds
+from serve.protocol import MAX_BODY_BYTES, MAX_ITEMS, number_above, read_milliseconds
 from serve.routes import create_app
 from serve.telemetry import Telemetry
 
 SHUTDOWN_SECONDS = 60
+"""What is not answered so long after SIGTERM is given up."""
 REFUSE_SECONDS = 0.5
 """After SIGTERM new requests are told 503 for this long, so that few meet the port just as it closes."""
 
@@ -41,12 +43,16 @@ class _Server(uvicorn.Server):
     def __init__(self, config: uvicorn.Config, engine: Engine) -> None:
         super().__init__(config)
         self._engine = engine
+        self.has_given_up = False
+        """Whether requests were left without an answer at the end."""
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         if self._engine.state == "ready":
             self._engine.refuse()
             await asyncio.sleep(REFUSE_SECONDS)
+        begun = time.monotonic()
         await super().shutdown(sockets)
+        self.has_given_up = time.monotonic() - begun >= SHUTDOWN_SECONDS
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -54,10 +60,18 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--bundle", required=True, help="directory written by train.export")
     parser.add_argument("--host", default="127.0.0.1", help="address to listen on (default %(default)s)")
     parser.add_argument("--port", type=int, default=8000, help="0 takes a free one (default %(default)s)")
-    parser.add_argument("--max-items", type=int, default=MAX_ITEMS, help="items per request")
-    parser.add_argument("--max-body-bytes", type=int, default=MAX_BODY_BYTES, help="bytes per request body")
+    count = number_above(0, int)
     parser.add_argument(
-        "--max-queue-tokens", type=int, help="tokens that may wait before 429 (default: 8 largest launches)"
+        "--max-items", type=count, default=MAX_ITEMS, help="items per request (default %(default)s)"
+    )
+    parser.add_argument(
+        "--max-body-bytes",
+        type=count,
+        default=MAX_BODY_BYTES,
+        help="bytes per request body (default %(default)s)",
+    )
+    parser.add_argument(
+        "--max-queue-tokens", type=count, help="tokens that may wait before 429 (default: 8 largest launches)"
     )
     parser.add_argument(
         "--slo-ms",
@@ -186,7 +200,10 @@ def serve(options: argparse.Namespace, console: rich.console.Console) -> None:
     server.run(sockets=[listener])
     if engine.failure is not None:
         raise InputError(f"not ready: {engine.failure}")
-    console.print("stopped; everything that was accepted is answered")
+    if server.has_given_up:
+        console.print(f"stopped; what was not answered within {SHUTDOWN_SECONDS} s was given up")
+    else:
+        console.print("stopped; everything that was accepted is answered")
 
 
 def main() -> None:

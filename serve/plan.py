@@ -9,7 +9,9 @@ alone, as in a server that is not busy; under load launches are full, and pad li
 """
 
 import argparse
+import contextlib
 import json
+import logging
 import sys
 import threading
 from collections.abc import Iterable, Sequence
@@ -26,6 +28,7 @@ from jaxsearch.files import read_object, write_json
 from jaxsearch.scoring.packing import Launch, ScoreRequest, Shapes, longest_first
 
 NUM_PROGRAMS = 10
+log = logging.getLogger("jaxsearch.serve")
 
 
 class Lengths(NamedTuple):
@@ -36,9 +39,9 @@ class Lengths(NamedTuple):
 
 
 class LengthLog:
-    """Appends the lengths of requests to a file, a line each.
+    """Appends the lengths of requests to a file, a line each, until that fails.
 
-    Raises: InputError when the file cannot be written.
+    Raises: InputError when the file cannot be written to at first.
     """
 
     def __init__(self, path: str | Path) -> None:
@@ -47,14 +50,21 @@ class LengthLog:
         except OSError as error:
             raise InputError(f"cannot write {path} ({error.strerror}); choose another file") from None
         self._lock = threading.Lock()
+        self._is_broken = False
 
     def add(self, request: ScoreRequest) -> None:
         line = {"prefix": len(request.prefix), "items": [len(item) for item in request.items]}
         with self._lock:
-            self._file.write(json.dumps(line) + "\n")
+            if not self._is_broken:
+                try:
+                    self._file.write(json.dumps(line) + "\n")
+                except (OSError, ValueError) as error:  # a full disk must not stop the server
+                    self._is_broken = True
+                    log.warning("%s: no more lengths are recorded (%s)", self._file.name, error)
 
     def close(self) -> None:
-        self._file.close()
+        with self._lock, contextlib.suppress(OSError):  # what could not be written is tried once more
+            self._file.close()
 
 
 def read_lengths(path: str | Path) -> list[Lengths]:
@@ -71,7 +81,9 @@ def read_lengths(path: str | Path) -> list[Lengths]:
         try:
             value = json.loads(line)
             lengths = Lengths(value["prefix"], tuple(value["items"]))
-            if not all(type(size) is int and size > 0 for size in (lengths.prefix, *lengths.items)):
+            if not lengths.items or not all(
+                type(size) is int and size > 0 for size in (lengths.prefix, *lengths.items)
+            ):
                 raise ValueError
             found.append(lengths)
         except (ValueError, KeyError, TypeError):
@@ -151,7 +163,7 @@ def main() -> None:
         if options.programs < 1:
             raise InputError(f"--programs is {options.programs}; at least one is needed")
         lattice = read_lattice(options.bundle)
-        requests = [lengths for lengths in read_lengths(options.lengths) if lengths.items]
+        requests = read_lengths(options.lengths)
         fills = launch_fills(requests, lattice)
         planned = fit(fills, lattice, num_programs=options.programs)
         write_json(Path(options.out), planned.to_json())

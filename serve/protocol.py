@@ -6,7 +6,7 @@ warnings. Nothing here touches the engine.
 
 import difflib
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Annotated, Any, ClassVar, Literal, TypeVar
 
 import orjson
@@ -139,6 +139,19 @@ def read_milliseconds(text: str, name: str) -> float:
     if not 0 < value < math.inf:
         raise InputError(f"{name} must be a number of milliseconds above 0; got {text[:40]!r}")
     return value
+
+
+def number_above(least: float, kind: Callable[[str], Any]) -> Callable[[str], Any]:
+    """Reads a finite number above `least` on a command line."""
+
+    def number(text: str) -> Any:
+        value = kind(text)
+        if not least < value < math.inf:
+            raise ValueError
+        return value
+
+    number.__name__ = f"number above {least}"  # argparse tells it
+    return number
 
 
 def check_count(body: dict[str, Any], key: str, limit: int) -> None:

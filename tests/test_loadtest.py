@@ -121,6 +121,7 @@ def test_wrong_input_is_one_line(url, tmp_path):
     for options, message in (
         (["--url", "http://127.0.0.1:9"], "no server at http://127.0.0.1:9"),
         (["--url", "nowhere"], "no server at nowhere"),
+        (["--url", "http://localhost:notaport"], "http://localhost:notaport is no address"),
         (["--url", url, "--format", "score", "--model", "gpt"], "model 'gpt' is not served here"),
         (["--url", url, "--texts", str(broken)], "broken.jsonl:2: not a JSON object"),
         (["--url", url, *SMALL, "--out", "/proc/none"], "cannot write to /proc/none"),

@@ -93,9 +93,19 @@ def test_a_damaged_bundle_and_a_taken_port_are_one_line(bundle_directory, tmp_pa
         (["--bundle", str(tmp_path)], "holds no bundle"),
         (["--bundle", str(bundle_directory), "--port", str(taken_port)], "cannot listen on"),
     ):
-        done = subprocess.run(
-            [sys.executable, "-m", "serve.main", *options], capture_output=True, text=True, check=False
-        )
+        done = start(*options)
         assert done.returncode == 2
         assert message in done.stderr
         assert len(done.stderr.splitlines()) == 1
+
+
+@pytest.mark.parametrize("option", ["--max-items", "--max-body-bytes", "--max-queue-tokens"])
+def test_a_limit_of_nothing_is_refused(option):
+    done = start("--bundle", "none", option, "0")
+    assert done.returncode == 2
+    assert f"argument {option}: invalid number above 0 value: '0'" in done.stderr
+
+
+def start(*options):
+    command = [sys.executable, "-m", "serve.main", *options]
+    return subprocess.run(command, capture_output=True, text=True, check=False)

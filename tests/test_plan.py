@@ -26,13 +26,24 @@ def test_lengths_survive_the_file(tmp_path):
     assert read_lengths(tmp_path / "lengths.jsonl") == [Lengths(2, (1, 3)), Lengths(1, (1,))]
 
 
+def test_a_full_disk_ends_the_record_and_nothing_else(caplog):
+    log = LengthLog("/dev/full")
+    for _ in range(2):
+        log.add(ScoreRequest((1,), [[3]]))
+    log.close()
+    assert [record.message for record in caplog.records] == [
+        "/dev/full: no more lengths are recorded ([Errno 28] No space left on device)"
+    ]
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [
         ("", "it is empty"),
         (
-            '{"prefix": 1, "items": [2]}\nnonsense\n{"prefix": 1}\n{"prefix": 0, "items": [1]}',
-            "lines 2, 3, 4 are not",
+            '{"prefix": 1, "items": [2]}\nnonsense\n{"prefix": 1}\n{"prefix": 0, "items": [1]}\n'
+            '{"prefix": 1, "items": []}',
+            "lines 2, 3, 4, 5 are not",
         ),
     ],
 )
