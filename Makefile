@@ -69,10 +69,12 @@ clean:  ## removes the environments; the cache and the work directories stay
 $(READY): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(VENV)/bin/python -m pip install -q --upgrade 'pip>=25.1'  # resumes broken downloads
-	$(VENV)/bin/python -m pip install $(PIP_ARGS) $(PINS) -e '.[all,dev]'
+	@echo "installing into $(VENV): a minute or two"
+	$(VENV)/bin/python -m pip install -q $(PIP_ARGS) $(PINS) -e '.[all,dev]'
 	touch $@
 
 $(PARITY_READY): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(PARITY_VENV)
-	$(PARITY_VENV)/bin/python -m pip install $(PIP_ARGS) $(PINS) -e '.[all,dev,parity]'
+	@echo "installing into $(PARITY_VENV), torch with it: some minutes"
+	$(PARITY_VENV)/bin/python -m pip install -q $(PIP_ARGS) $(PINS) -e '.[all,dev,parity]'
 	touch $@
