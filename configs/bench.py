@@ -2,8 +2,8 @@
 
 Command: python -m train.bench --config configs/bench.py --workdir work/bench
          in the environment of `make parity` (it needs torch), or `make bench`; the extra `llama` adds llama.cpp
-Time: 10 minutes on two CPU cores, llama.cpp's six rows included.
-Numbers: docs/results/bench.
+Time: 10 minutes on two CPU cores with repeats=3 and random_requests=2000, llama.cpp's six rows included.
+Numbers: docs/results/bench, with these two; its last table by a run of its own with repeats=7.
 """
 
 from train.bench import BenchConfig

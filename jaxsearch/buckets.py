@@ -15,6 +15,8 @@ from jaxsearch.errors import InputError
 LAUNCH_MULTIPLE, LAUNCH_GROWTH = 128, 1.125
 """A launch is at most an eighth larger than the one before it, or by one multiple where that is more."""
 SMALLEST_WINDOW = 128
+COMPILE_EVENT = "/jax/core/compile/backend_compile_duration"
+"""What `jax.monitoring` calls a compilation: once all shapes have their programs, none may come."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -138,8 +140,13 @@ class Lattice:
         try:
             numbers = [int(value[name]) for name in ("max_prefix_tokens", "max_item_tokens")]
             return cls(Buckets(int(size) for size in value["launches"]), *numbers)
-        except (KeyError, TypeError, ValueError) as error:
-            raise InputError(f"no lattice of launch sizes: {error!r}; export or plan it again") from error
+        except KeyError as error:
+            wrong = f"{error.args[0]} is missing"
+        except InputError as error:
+            wrong = str(error)
+        except (TypeError, ValueError):
+            wrong = "launches must be a list of whole numbers, the others whole numbers"
+        raise InputError(f"no lattice of launch sizes: {wrong}; export or plan it again")
 
     def to_json(self) -> dict[str, Any]:
         return dataclasses.asdict(self) | {"launches": list(self.launches.sizes)}

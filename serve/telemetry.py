@@ -4,7 +4,8 @@ import jax.monitoring
 import prometheus_client
 from prometheus_client import Counter, Gauge, Histogram, ProcessCollector, Summary
 
-COMPILE_EVENT = "/jax/core/compile/backend_compile_duration"
+from jaxsearch.buckets import COMPILE_EVENT
+
 STAGE_SECONDS = tuple(base * 10.0**power for power in range(-3, 2) for base in (1, 1.5, 2, 3, 5, 7.5))
 """Upper ends of the histograms' buckets, close enough for percentiles."""
 

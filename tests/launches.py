@@ -66,5 +66,9 @@ def check(attend, dtype, base_tokens, sizes, tolerance, *, shapes=SHAPES, heads=
                 atol=tolerance,
                 rtol=0,
             )
+        rest = attended[computed:].astype(np.float32)
         if base is None:
-            assert not np.asarray(attended[computed:].astype(np.float32)).any()
+            assert not np.asarray(rest).any()
+        else:
+            alone = dense(queries, *base, jnp.ones((1, base_tokens), bool))[0][computed:]
+            np.testing.assert_allclose(rest, alone, atol=tolerance, rtol=0)

@@ -1,5 +1,8 @@
 """The parts of a launch's time compute what the whole does of them."""
 
+import itertools
+import types
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -10,6 +13,7 @@ from jaxsearch.nn.packed import packed_attention
 from jaxsearch.scoring.packing import ScoreRequest, unpack
 from jaxsearch.scoring.prefill import PrefillScorer
 from tests.small_models import QWEN3, make
+from train import speed
 from train.launch_parts import attention_layers, launch_parts, linear_maps
 from train.speed import matmul_rates, weights_per_token
 
@@ -27,11 +31,16 @@ def scorer(decoder):
     return PrefillScorer(decoder, (0, 1), LATTICE)
 
 
-def test_each_part_has_a_share_with_its_spread(scorer, decoder):
-    parts = launch_parts(scorer, decoder, REQUEST, repeats=3)
-    assert list(parts) == ["linear_maps", "attention"]
-    for share in parts.values():
-        assert 0 < share["minimum"] <= share["median"] <= share["maximum"]
+def test_each_part_is_a_share_of_the_whole_of_its_repeat(scorer, decoder, monkeypatch):
+    repeats = [(10.0, 4.0, 2.0), (8.0, 6.0, 1.0), (4.0, 2.0, 3.0)]  # seconds of whole, linear maps, attention
+    passed = (seconds for repeat in repeats for taken in repeat for seconds in (1.0, taken))
+    clock = itertools.accumulate(passed)
+    monkeypatch.setattr(speed, "time", types.SimpleNamespace(perf_counter=lambda: next(clock)))
+    assert launch_parts(scorer, decoder, REQUEST, repeats=3) == {
+        "linear_maps": {"median": 0.5, "minimum": 0.4, "maximum": 0.75},
+        "attention": {"median": 0.2, "minimum": 0.125, "maximum": 0.75},
+    }
+    assert next(clock, None) is None
 
 
 def test_no_linear_map_is_left_out(decoder):

@@ -142,8 +142,7 @@ def test_it_lowers_for_hardware(form, platform, call, dtype, groups, width):
     try:
         text = traced.lower(lowering_platforms=(platform,)).as_text()
     except RuntimeError as error:
-        # After jaxlib 0.10 what was lowered for a GPU is also compiled here, by its plugin.
         if "does not have a Triton compilation handler" not in str(error):
             raise
-    else:
-        assert call in text
+        pytest.skip("after jaxlib 0.10 what is lowered for a GPU is compiled too, by its plugin")
+    assert call in text

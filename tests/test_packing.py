@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from jaxsearch.buckets import Lattice
 from jaxsearch.nn.packed import BLOCK_TOKENS
-from jaxsearch.scoring.packing import END_TOKENS, Launch, ScoreRequest, Shapes, longest_first, unpack
+from jaxsearch.scoring.packing import END_TOKENS, Launch, ScoreRequest, Shapes, fill_launches, unpack
 
 LATTICE = Lattice.for_prompts(max_prefix_tokens=40, max_item_tokens=90, max_batch_tokens=640)
 PLAIN, INVARIANT = Shapes(LATTICE), Shapes(LATTICE, is_batch_invariant=True)
@@ -26,22 +26,12 @@ def requests(drawn):
     return [ScoreRequest((1,) * prefix, [[2] * n for n in items], (5,)) for prefix, items in drawn]
 
 
-def fill(shapes, mix):
-    launches = [Launch(shapes)]
-    for owner, request in enumerate(mix):
-        waiting = longest_first(request.items)
-        while waiting:
-            if not launches[-1].add(owner, request, waiting):
-                launches.append(Launch(shapes))
-    return launches
-
-
 @pytest.mark.parametrize("shapes", [PLAIN, INVARIANT])
 @settings(deadline=None)
 @given(drawn=sizes)
 def test_every_item_is_in_one_launch_within_its_limits(shapes, drawn):
     mix = requests(drawn)
-    launches = fill(shapes, mix)
+    launches = fill_launches(shapes, mix)
     found = sorted(
         (part.owner, position) for launch in launches for part in launch.parts for position in part.positions
     )
@@ -58,7 +48,7 @@ def test_every_item_is_in_one_launch_within_its_limits(shapes, drawn):
 @settings(deadline=None)
 @given(drawn=sizes)
 def test_every_token_sees_its_own_text_up_to_itself_and_items_their_whole_prefix(shapes, drawn):
-    for launch in fill(shapes, requests(drawn)):
+    for launch in fill_launches(shapes, requests(drawn)):
         ints, labels = launch.arrays(base_tokens=7)
         structure = shapes.structure(launch.padded_tokens)
         prompts = unpack(ints, structure)
@@ -91,7 +81,7 @@ def test_every_token_sees_its_own_text_up_to_itself_and_items_their_whole_prefix
 @settings(deadline=None)
 @given(drawn=sizes)
 def test_the_windows_of_a_group_hold_what_its_queries_see(shapes, drawn):
-    for launch in fill(shapes, requests(drawn)):
+    for launch in fill_launches(shapes, requests(drawn)):
         prompts = unpack(launch.arrays()[0], shapes.structure(launch.padded_tokens))
         for queries in (prompts.seen, prompts.ends):
             per_group = len(queries.places) // len(queries.windows)
@@ -108,7 +98,7 @@ def test_the_windows_of_a_group_hold_what_its_queries_see(shapes, drawn):
 def test_short_items_fill_what_long_ones_leave():
     lengths = [90, 10, 80, 20, 70, 30, 60, 40, 50, 5] * 4
     mix = [ScoreRequest((1,) * 30, [[2] * n for n in lengths], (5,))]
-    launches = fill(PLAIN, mix)
+    launches = fill_launches(PLAIN, mix)
     real, padded = (
         sum(getattr(launch, name) for launch in launches) for name in ("num_tokens", "padded_tokens")
     )
@@ -125,7 +115,7 @@ def test_a_request_waits_where_its_prefix_would_be_most_of_what_fits():
 
 
 def test_many_short_items_are_limited_by_their_number():
-    (first, *_) = fill(PLAIN, [ScoreRequest((1, 1), [[2]] * 100, (5,))])
+    (first, *_) = fill_launches(PLAIN, [ScoreRequest((1, 1), [[2]] * 100, (5,))])
     assert len(first.parts[0].items) == 640 // END_TOKENS
     assert first.padded_tokens == 640
 

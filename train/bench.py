@@ -21,7 +21,7 @@ import jax
 import jax.monitoring
 import numpy as np
 
-from jaxsearch.buckets import Lattice
+from jaxsearch.buckets import COMPILE_EVENT
 from jaxsearch.checkpoints import save_model
 from jaxsearch.data.assets import resolve
 from jaxsearch.data.prompts import PromptEncoder
@@ -32,9 +32,8 @@ from jaxsearch.files import write_json
 from jaxsearch.nn.pruning import keep_layers
 from jaxsearch.ranker import TextRanker, new_ranker
 from jaxsearch.scoring.packing import MAX_LABELS, ScoreRequest
-from jaxsearch.scoring.prefill import PrefillScorer
 from train.config import Count
-from train.inputs import load_base, load_data
+from train.inputs import load_base, load_data, offline_scorer
 from train.launch_parts import launch_parts
 from train.options import progress, run, say
 from train.speed import commit, matmul_peak, spread, take_turns, weights_per_token
@@ -49,7 +48,6 @@ from train.ways import (
     their_ways,
 )
 
-COMPILE_EVENT = "/jax/core/compile/backend_compile_duration"
 LENGTH_SPREAD = 0.35
 """Standard deviation of the logarithm of a document's length; half of them are within 25 % of the middle."""
 REFERENCE, BASE = "transformers, one by one", "transformers, batches"
@@ -132,15 +130,6 @@ def make_ranker(config: BenchConfig, dtype: str) -> TextRanker:
     return new_ranker(keep_layers(base, layers), prompt, view=config.view)
 
 
-def make_scorer(config: BenchConfig, ranker: TextRanker) -> PrefillScorer:
-    lattice = Lattice.for_prompts(
-        max_prefix_tokens=config.max_shared_tokens,
-        max_item_tokens=config.max_item_tokens,
-        max_batch_tokens=config.max_batch_tokens,
-    )
-    return PrefillScorer(ranker.decoder, ranker.label_ids, lattice)
-
-
 def parts_and_peaks(config: BenchConfig) -> list[dict[str, Any]]:
     """For each dtype the parts of a launch of the shared prefix, and the peak of a product over float32's."""
     rows = []
@@ -153,7 +142,7 @@ def parts_and_peaks(config: BenchConfig) -> list[dict[str, Any]]:
             ranker = make_ranker(config, dtype)
             prompt = draw_requests(config, ranker)[0].prompt
             request = ScoreRequest(prompt.prefix, prompt.items)
-            scorer = make_scorer(config, ranker)
+            scorer = offline_scorer(ranker, max_batch_tokens=config.max_batch_tokens)
             row |= launch_parts(scorer, ranker.decoder, request, config.repeats)
         rows.append(row)
     return rows
@@ -213,7 +202,7 @@ def measure(config: BenchConfig, folder: Path) -> tuple[dict[str, int], list[dic
 def compilations_after_ready(config: BenchConfig) -> int:
     """How many times XLA compiles while random requests are scored, by a decoder of one layer in the same shapes."""
     ranker = make_ranker(dataclasses.replace(config, layers=(0,)), config.dtypes[0])
-    scorer = make_scorer(config, ranker)
+    scorer = offline_scorer(ranker, max_batch_tokens=config.max_batch_tokens)
     scorer.compile()
     rng = np.random.default_rng(config.seed)
     vocab_size = ranker.decoder.config.vocab_size

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
-from jaxsearch.nn.layers import layer_at
+from jaxsearch.nn.layers import layer_at, narrow_weights
 from jaxsearch.nn.packed import PackedQueries, packed_attention
 from jaxsearch.nn.transformer import Decoder
 from jaxsearch.scoring.packing import Launch, ScoreRequest, unpack
@@ -48,11 +48,11 @@ def launch_parts(
 
 def linear_maps(decoder: Decoder, num_rows: int) -> functools.partial[Any]:
     """Every product of so many tokens with weights; of the last layer those that all of them need."""
-    structure, stacked = nnx.split(decoder.layers)
+    structure, stacked = nnx.split(narrow_weights(decoder.layers))
     last = decoder.config.num_layers - 1
 
     @jax.jit
-    def run(stacked: Any, rows: Float[Array, "n d"]) -> tuple[Array, ...]:
+    def run(stacked: Any, rows: Float[Array, "s d"]) -> tuple[Array, ...]:
         def layer(index: int | Array) -> Any:
             return nnx.merge(structure, jax.tree.map(lambda leaf: layer_at(leaf, index), stacked))
 
@@ -78,7 +78,7 @@ def linear_maps(decoder: Decoder, num_rows: int) -> functools.partial[Any]:
 
 
 def attention_layers(
-    launch: Launch, heads: Float[Array, "n k each h"], count: int, *, use_kernel: bool = False
+    launch: Launch, heads: Float[Array, "s k each h"], count: int, *, use_kernel: bool = False
 ) -> functools.partial[Array]:
     """Attention of a launch's tokens, `count` times; the last two of `heads` are keys and values."""
     shapes = launch.shapes

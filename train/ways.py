@@ -20,6 +20,7 @@ from jaxsearch.errors import InputError
 from jaxsearch.nn.convert import save_pretrained
 from jaxsearch.ranker import TextRanker, encode_request
 from jaxsearch.scoring.prefill import PrefillScorer, ScoreRequest
+from train.inputs import offline_scorer
 
 AGREEMENT = {"float32": 1e-4, "bfloat16": 0.5}
 """Largest difference between the scores (yes minus no) of one dtype's ways; measured 1.5e-5 and 0.15."""
@@ -68,15 +69,13 @@ class Way:
 
 def our_ways(ranker: TextRanker, *, max_batch_tokens: int = 2048) -> dict[str, Way]:
     """`one by one`, `batches` and `shared prefix`; a shape is compiled at its first use."""
-    most_shared, most_item = ranker.prompt.max_shared_tokens, ranker.prompt.max_item_tokens
-
-    def scorer(max_prefix_tokens: int, max_item_tokens: int) -> PrefillScorer:
-        lattice = Lattice.for_prompts(
-            max_prefix_tokens=max_prefix_tokens,
-            max_item_tokens=max_item_tokens,
-            max_batch_tokens=max_batch_tokens,
-        )
-        return PrefillScorer(ranker.decoder, ranker.label_ids, lattice)
+    shared = offline_scorer(ranker, max_batch_tokens=max_batch_tokens)
+    for_whole = Lattice.for_prompts(
+        max_prefix_tokens=1,
+        max_item_tokens=ranker.prompt.max_shared_tokens + ranker.prompt.max_item_tokens,
+        max_batch_tokens=max_batch_tokens,
+    )
+    unshared = PrefillScorer(ranker.decoder, ranker.label_ids, for_whole)
 
     def way(scorer: PrefillScorer, arrange: Callable[[PromptTokens], list[ScoreRequest]]) -> Way:
         def score(request: Request) -> np.ndarray:
@@ -99,10 +98,9 @@ def our_ways(ranker: TextRanker, *, max_batch_tokens: int = 2048) -> dict[str, W
     def alone(prompt: PromptTokens) -> list[ScoreRequest]:
         return [ScoreRequest(prompt.prefix, [item]) for item in prompt.items]
 
-    shared = scorer(most_shared, most_item)
     return {
         "one by one": way(shared, alone),
-        "batches": way(scorer(1, most_shared + most_item), whole),
+        "batches": way(unshared, whole),
         SHARED_PREFIX: way(shared, lambda prompt: [ScoreRequest(prompt.prefix, prompt.items)]),
     }
 

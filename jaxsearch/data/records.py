@@ -3,9 +3,10 @@
 Nothing here reads a file or touches a device; readers are in `sources`, text views in `verticals`.
 
 Axis letters, the same in einsums, types and comments everywhere: `b` batch, `t` query-side positions, `s` key-side
-positions, `d` embed_dim, `f` mlp_dim, `n` heads, `k` kv heads, `g` heads per kv head, `h` head_dim, `v` vocab,
-`l` layers, `q` queries, `c` candidates per query, `p` prefix positions, `e` embedding size, `r` LoRA rank, `w` rows of
-packed texts, `m` texts in them.
+positions, `d` embed_dim, `f` mlp_dim, `i` and `o` what a linear map takes and gives, `n` heads, `k` kv heads, `g` heads
+per kv head, `h` head_dim, `v` vocab, `l` layers, `q` queries (or requests, of a query each), `c` candidates per query,
+`p` prefix positions, `e` embedding size, `r` LoRA rank, `w` rows of packed texts, `m` texts in them. Where there are no
+heads, in retrieval and losses, `n` is documents.
 """
 
 import dataclasses

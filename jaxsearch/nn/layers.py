@@ -200,7 +200,10 @@ class RMSNorm(nnx.Module):
 
 
 class Embedding(nnx.Module):
-    """Rows of a table `weight` (num_rows, dim), given in `dtype`. An id outside the table gives NaN."""
+    """Rows of a table `weight` (num_rows, dim), given in `dtype`.
+
+    Nothing checks ids: from num_rows on they give NaN, negative ones count from the table's end.
+    """
 
     def __init__(
         self,
@@ -337,8 +340,8 @@ def rotate(
     return narrowed(turned, heads.dtype)
 
 
-def rows_at(rows: Array, places: Int[Array, "*b m"]) -> Array:
-    """Rows [*b m x] of [*b t x] at `places`."""
+def rows_at(rows: Array, places: Int[Array, "*b t"]) -> Array:
+    """Rows [*b t x] of [*b s x] at `places`."""
     return jnp.take_along_axis(rows, places[..., None], axis=-2)
 
 

@@ -22,16 +22,16 @@ BLOCK_TOKENS = 64
 
 
 class PackedQueries(NamedTuple):
-    """What each of m queries sees among a launch's n keys; blocks are equal runs of queries, groups of blocks.
+    """What each of t queries sees among a launch's s keys; blocks are equal runs of queries, groups of blocks.
 
     `places` are the queries' own places among the keys. A query sees the keys from its `starts` to its place, and
     `prefix_lengths` keys from its block's `block_prefixes` on. `block_starts` are the least `starts` of each block,
     `windows` say for each group which of the window sizes holds what it sees; only `num_groups` groups are computed.
     """
 
-    places: Int[Array, "m"]
-    starts: Int[Array, "m"]
-    prefix_lengths: Int[Array, "m"]
+    places: Int[Array, "t"]
+    starts: Int[Array, "t"]
+    prefix_lengths: Int[Array, "t"]
     block_starts: Int[Array, "blocks"]
     block_prefixes: Int[Array, "blocks"]
     windows: Int[Array, "groups"]
@@ -41,25 +41,26 @@ class PackedQueries(NamedTuple):
 class PackedPrompts(NamedTuple):
     """A launch: its tokens with their positions and what they see, and the `ends` whose hidden states are wanted."""
 
-    tokens: Int[Array, "n"]
-    positions: Int[Array, "n"]
+    tokens: Int[Array, "s"]
+    positions: Int[Array, "s"]
     seen: PackedQueries
     ends: PackedQueries
 
 
 def packed_attention(
-    queries: Float[Array, "m k g h"],
-    keys: Float[Array, "n k h"],
-    values: Float[Array, "n k h"],
+    queries: Float[Array, "t k g h"],
+    keys: Float[Array, "s k h"],
+    values: Float[Array, "s k h"],
     seen: PackedQueries,
     windows: tuple[tuple[int, int], ...],
-    base: tuple[Float[Array, "s k h"], Float[Array, "s k h"]] | None = None,
+    base: tuple[Float[Array, "p k h"], Float[Array, "p k h"]] | None = None,
     use_kernel: bool = False,
-) -> Float[Array, "m k g h"]:
+) -> Float[Array, "t k g h"]:
     """Attention of every query to what `seen` says, and to all keys of `base`, which every request begins with.
 
     Args: `windows` are (own, prefix) numbers of keys that a block may read. Queries of groups that are not computed
-        get 0. `use_kernel` takes `packed_kernel` where the queries are the launch's own, one for each key.
+        see `base` alone, and get 0 without one. `use_kernel` takes `packed_kernel` where the queries are the launch's
+        own, one for each key.
         The result has the queries' dtype; equal to dense attention (fp32: 1e-6).
     """
     kept = queries.dtype if base is None else jnp.dtype(jnp.float32)
@@ -77,7 +78,7 @@ def packed_attention(
 def _attend_by_kernel(
     queries: Array, keys: Array, values: Array, seen: PackedQueries, kept: jnp.dtype
 ) -> tuple[Array, Array]:
-    """Attended values in the dtype `kept`, and their log-sum-exp."""
+    """Attended values in the dtype `kept`, and their log-sum-exp: 0 and `EMPTY_LSE` where nothing is computed."""
     form, is_interpreted = form_here()
     return attend_blocks(
         queries,
@@ -108,7 +109,7 @@ def _attend_by_groups(
     grouped = queries.reshape(num_groups, blocks, size, *queries.shape[1:])
     per_query = [each.reshape(num_groups, blocks, size, 1) for each in seen[:3]]
     per_block = [each.reshape(num_groups, blocks) for each in seen[3:5]]
-    keys, values = jnp.moveaxis(keys, 0, -1), jnp.moveaxis(values, 0, -2)  # [k h n], [k n h]
+    keys, values = jnp.moveaxis(keys, 0, -1), jnp.moveaxis(values, 0, -2)  # [k h s], [k s h]
 
     def attend(window: tuple[int, int], group: Array) -> tuple[Array, Array]:
         places, starts, prefix_lengths = (each[group] for each in per_query)
@@ -132,7 +133,7 @@ def _attend_by_groups(
             for into, part in zip(done, found, strict=True)
         )
 
-    done = jnp.zeros(grouped.shape, kept), jnp.zeros(grouped.shape[:-1], jnp.float32)
+    done = jnp.zeros(grouped.shape, kept), jnp.full(grouped.shape[:-1], EMPTY_LSE, jnp.float32)
     attended, lse = jax.lax.fori_loop(0, seen.num_groups, step, done)
     return attended.reshape(queries.shape), lse.reshape(queries.shape[:-1])
 
@@ -158,7 +159,7 @@ def _attend(queries: Array, keys: Array, values: Array, bias: Array) -> tuple[Ar
 def _windows(
     starts: Array, size: int, keys: Array, values: Array
 ) -> tuple[tuple[Array, Array], Int[Array, "blocks 1 size"]]:
-    """`size` of keys [k h n] and values [k n h] from each start on, or the last where fewer follow; their places."""
+    """`size` of keys [k h s] and values [k s h] from each start on, or the last where fewer follow; their places."""
     starts = jnp.clip(starts, 0, keys.shape[-1] - size)
 
     def cut(rows: Array, axis: int) -> Array:

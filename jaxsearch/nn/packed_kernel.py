@@ -52,19 +52,19 @@ def key_block_of(form: Form, dtype: DTypeLike) -> int:
 
 
 def attend_blocks(
-    queries: Float[Array, "n k g h"],
-    keys: Float[Array, "n k h"],
-    values: Float[Array, "n k h"],
+    queries: Float[Array, "s k g h"],
+    keys: Float[Array, "s k h"],
+    values: Float[Array, "s k h"],
     *,
-    starts: Int[Array, "n"],
-    prefix_lengths: Int[Array, "n"],
+    starts: Int[Array, "s"],
+    prefix_lengths: Int[Array, "s"],
     block_starts: Int[Array, "blocks"],
     block_prefixes: Int[Array, "blocks"],
     num_blocks: Int[Array, ""],
     dtype: DTypeLike,
     form: Form,
     is_interpreted: bool = False,
-) -> tuple[Float[Array, "n k g h"], Float[Array, "n k g"]]:
+) -> tuple[Float[Array, "s k g h"], Float[Array, "s k g"]]:
     """What the query at each place sees of a launch, as `packed.PackedQueries` says it, and its log-sum-exp.
 
     Args:
@@ -253,6 +253,6 @@ def _tpu_call(
         name="packed_attention",
     )
     per_block = [each.reshape(blocks, 1, size) for each in (starts, prefix_lengths)]
-    rows = jnp.moveaxis(queries, 0, 2)  # [k g n h]
+    rows = jnp.moveaxis(queries, 0, 2)  # [k g s h]
     attended, lse = call(reads, *per_block, rows, jnp.moveaxis(keys, 1, 0), jnp.moveaxis(values, 1, 0))
     return jnp.moveaxis(attended, 2, 0), jnp.moveaxis(lse, (0, 2), (2, 3)).reshape(queries.shape[:-1])

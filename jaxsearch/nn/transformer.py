@@ -91,10 +91,10 @@ class LayerStates(NamedTuple):
     `mixed` is what the heads attended to, side by side; `widened` are the MLP's neurons.
     """
 
-    keys: Float[Array, "*b t k h"]
-    values: Float[Array, "*b t k h"]
-    mixed: Float[Array, "*b m channels"]
-    widened: Float[Array, "*b m f"]
+    keys: Float[Array, "*b s k h"]
+    values: Float[Array, "*b s k h"]
+    mixed: Float[Array, "*b t channels"]
+    widened: Float[Array, "*b t f"]
 
 
 class Attention(nnx.Module):
@@ -215,7 +215,7 @@ class Decoder(nnx.Module):
         """Hidden states after the final norm. Positions count the kept tokens: padding changes no other row.
 
         Args:
-            tokens: ids below vocab_size (others give NaN).
+            tokens: ids from 0 to vocab_size - 1; others are not refused (see `Embedding`).
             where: tokens that are there (default: all); rows of the others are finite and meaningless.
             segment_ids: where rows hold several texts one after another, which of them a token belongs to (from 1;
                 0 where nothing is kept); they do not see one another, and each has the positions it has alone.

@@ -84,7 +84,7 @@ class TextSource:
         return self._words[int(self._rng.integers(len(self._words)))]
 
 
-def poisson_arrivals(rate: float, seconds: float, rng: np.random.Generator) -> Float[np.ndarray, "r"]:
+def poisson_arrivals(rate: float, seconds: float, rng: np.random.Generator) -> Float[np.ndarray, "q"]:
     """Arrival times of independent clients, in seconds from 0, in order.
 
     Args:
@@ -129,7 +129,7 @@ Send = Callable[[int], Awaitable[Reply]]
 """Sends the request with this number, counted from 0, and waits for its reply."""
 
 
-async def drive(arrivals: Float[np.ndarray, "r"], send: Send) -> list[Sample]:
+async def drive(arrivals: Float[np.ndarray, "q"], send: Send) -> list[Sample]:
     """Open loop: sends each request when it is due, whether or not earlier ones are answered.
 
     What `send` raises becomes status 0.
@@ -176,7 +176,7 @@ async def _timed(send: Send, number: int, begun: float, due: float) -> Sample:
     return Sample(due, started, time.perf_counter() - begun, reply)
 
 
-def percentile(values: Sequence[float] | Float[np.ndarray, "r"], percent: float) -> float:
+def percentile(values: Sequence[float] | Float[np.ndarray, "q"], percent: float) -> float:
     """The smallest value that at least `percent` % of the values do not exceed; infinities are values.
 
     Raises: InputError when there are no values.
@@ -235,11 +235,11 @@ def summarize(samples: Sequence[Sample], *, items_per_request: int, slo_seconds:
 
 
 def simulate_queue(
-    arrivals: Float[np.ndarray, "r"],
-    tokens_per_request: Int[np.ndarray, "r"],
+    arrivals: Float[np.ndarray, "q"],
+    tokens_per_request: Int[np.ndarray, "q"],
     launch_seconds: Callable[[int], float],
     max_batch_tokens: int,
-) -> Float[np.ndarray, "r"]:
+) -> Float[np.ndarray, "q"]:
     """Latencies in seconds if one device served its queue in order of arrival and nothing else took time.
 
     A launch takes the tokens that wait when it begins, the oldest request's first, up to `max_batch_tokens`: small
@@ -275,8 +275,8 @@ def simulate_queue(
 
 
 def simulate_requests(
-    arrivals: Float[np.ndarray, "r"], service_seconds: Float[np.ndarray, "r"]
-) -> Float[np.ndarray, "r"]:
+    arrivals: Float[np.ndarray, "q"], service_seconds: Float[np.ndarray, "q"]
+) -> Float[np.ndarray, "q"]:
     """Latencies in seconds if one server took whole requests one after another, in order of arrival.
 
     Args:

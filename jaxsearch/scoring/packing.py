@@ -6,7 +6,7 @@ attention reads it is `nn.packed`'s.
 
 import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import jax
@@ -220,6 +220,20 @@ class Launch:
         prefixes = texts.prefixes[places].reshape(-1, block)[:, 0]
         found = (places, starts, prefix_lengths, block_starts, prefixes, windows, num_groups)
         return PackedQueries(*(np.asarray(each, np.int32) for each in found))  # pyright: ignore
+
+
+def fill_launches(shapes: Shapes, requests: Iterable[ScoreRequest]) -> list[Launch]:
+    """Launches with all items, filled in the order given; the `owner` of a part is its request's place in it.
+
+    Requests are those of `PrefillScorer.checked`.
+    """
+    launches = [Launch(shapes)]
+    for owner, request in enumerate(requests):
+        waiting = longest_first(request.items)
+        while waiting:
+            if not launches[-1].add(owner, request, waiting):
+                launches.append(Launch(shapes))
+    return [launch for launch in launches if launch.parts]
 
 
 def longest_first(items: Sequence[Sequence[int]]) -> list[int]:

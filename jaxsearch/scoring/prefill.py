@@ -27,7 +27,7 @@ from jaxsearch.nn.layers import narrow_weights
 from jaxsearch.nn.packed import PackedPrompts
 from jaxsearch.nn.packed_kernel import check_width
 from jaxsearch.nn.transformer import Decoder, KeyValues
-from jaxsearch.scoring.packing import MAX_LABELS, Launch, ScoreRequest, Shapes, longest_first, unpack
+from jaxsearch.scoring.packing import MAX_LABELS, Launch, ScoreRequest, Shapes, fill_launches, unpack
 from jaxsearch.sharding import on_one_device
 
 CPU_LAUNCHES = 2
@@ -136,13 +136,7 @@ class PrefillScorer:
 
     def plan(self, requests: Sequence[ScoreRequest]) -> list[Launch]:
         """Launches for all items, filled in the order given. Raises: InputError as `checked` does."""
-        launches = [Launch(self.shapes)]
-        for owner, request in enumerate([self.checked(request) for request in requests]):
-            waiting = longest_first(request.items)
-            while waiting:
-                if not launches[-1].add(owner, request, waiting):
-                    launches.append(Launch(self.shapes))
-        return [launch for launch in launches if launch.parts]
+        return fill_launches(self.shapes, [self.checked(request) for request in requests])
 
     def start(self, launch: Launch) -> jax.Array:
         """Runs a launch, on an accelerator without waiting; `finish` keeps the rows that items asked for."""
@@ -221,7 +215,7 @@ class PrefillScorer:
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _read_base(graph: Any, weights: Any, tokens: Int[Array, "1 s"]) -> KeyValues:
+def _read_base(graph: Any, weights: Any, tokens: Int[Array, "1 p"]) -> KeyValues:
     return nnx.merge(graph, weights).prefill(tokens, jnp.ones(tokens.shape, bool))[1]
 
 
