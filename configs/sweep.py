@@ -1,6 +1,6 @@
-"""How much of the demo's ranker can go: neurons, layers and both, by three methods, and healed.
+r"""How much of the demo's ranker can go: neurons, layers and both, by three methods, and healed.
 
-Command: python -m train.sweep --config configs/sweep.py --workdir work/sweep
+Command: python -m train.sweep --config configs/sweep.py --workdir work/sweep \
          --set prune.ranker=work/demo/ranker/model prune.retriever=work/demo/encoder/model
 Time: about seventy minutes on two CPU cores: healing 1,280 steps takes 34, measuring a point two, the rest is cutting
       and shorter healing.

@@ -5,6 +5,7 @@ Which documents stand against a query is decided in `data.batches`; searching is
 """
 
 import dataclasses
+import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -91,6 +92,10 @@ class EncoderLoss:
     temperature: float = 0.05
     margin: float = 0.1
     margin_weight: float = 0.2
+
+    def __post_init__(self):
+        if not 0 < self.temperature < math.inf:
+            raise InputError(f"temperature must be above 0, not {self.temperature}")
 
     def __call__(self, encoder: Encoder, batch: EncoderBatch):
         ends = jnp.concatenate([batch.query_ends, batch.document_ends.reshape(-1)])

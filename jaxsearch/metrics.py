@@ -90,7 +90,7 @@ def rank_metrics(
       threshold: documents of this grade or above are relevant for recall, MRR and precision.
       metrics: names `<metric>@<cut-off>`. `ndcg` has gain = grade, `ndcg_exp` gain = 2**grade - 1; both
         discount by log2(rank + 1) and divide by the best ordering of all graded documents. `poor_match_rate`
-        is the share of the documents shown in the top ten whose grade is below 2 (nothing shown: 0).
+        is the share of places down to the cut-off without a document of grade 2 or above, empty ones included.
       engine: ir_measures (over trec_eval) or the NumPy implementation below, which equals it within 1e-6;
         None takes ir_measures where it is installed.
 
@@ -122,7 +122,7 @@ def rank_metrics(
     for name, measure in measures.items():
         if measure.kind == "poor_match_rate":
             values[name] = {
-                query: _poor_match_rate(rankings[query][: measure.depth], grades)
+                query: _poor_match_rate(rankings[query], grades, measure.depth)
                 for query, grades in qrels.items()
             }
     return {
@@ -201,12 +201,13 @@ def _dcg(gains: Sequence[float]) -> float:
     return math.fsum(gain / math.log2(rank + 2) for rank, gain in enumerate(gains))
 
 
-def _poor_match_rate(shown: Sequence[str], grades: Mapping[str, int]) -> float:
-    return sum(grades.get(document, 0) < POOR_BELOW for document in shown) / len(shown) if shown else 0.0
+def _poor_match_rate(ranking: Sequence[str], grades: Mapping[str, int], depth: int) -> float:
+    good = sum(grades.get(document, 0) >= POOR_BELOW for document in ranking[:depth])
+    return (depth - good) / depth
 
 
-def poor_match_floor(qrels: Qrels, *, depth: int = 10, num_documents: int | None = None) -> float:
-    """Mean poor match rate of a perfect ranking that fills `depth` places, or as many as there are documents.
+def poor_match_floor(qrels: Qrels, *, depth: int = 10) -> float:
+    """Mean poor match rate@`depth` of a perfect ranking; no ranking has less.
 
     Example: one good document for ten places.
 
@@ -215,9 +216,8 @@ def poor_match_floor(qrels: Qrels, *, depth: int = 10, num_documents: int | None
     """
     if not qrels:
         raise InputError("no queries: give qrels with at least one")
-    places = depth if num_documents is None else min(depth, num_documents)
     good = [sum(grade >= POOR_BELOW for grade in grades.values()) for grades in qrels.values()]
-    return float(np.mean([max(0, places - count) / places for count in good]))
+    return float(np.mean([max(0, depth - count) / depth for count in good]))
 
 
 def auc(labels: Sequence[bool] | np.ndarray, scores: Sequence[float] | np.ndarray) -> float:

@@ -5,6 +5,7 @@ trained module, `TextRanker` makes prompts from texts. Scoring at speed is `scor
 """
 
 import dataclasses
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from jaxtyping import Array, Bool, Float, Int
 from jaxsearch import checkpoints, losses
 from jaxsearch.data.prompts import PromptEncoder, PromptTokens
 from jaxsearch.data.tokenizer import Tokenizer
+from jaxsearch.errors import InputError
 from jaxsearch.nn.layers import at_ends
 from jaxsearch.nn.transformer import Decoder
 
@@ -90,6 +92,10 @@ class RankerLoss:
     gold_weight: float = 0.5
     list_weight: float = 1.0
     list_temperature: float = 0.25
+
+    def __post_init__(self):
+        if not 0 < self.list_temperature < math.inf:
+            raise InputError(f"list_temperature must be above 0, not {self.list_temperature}")
 
     def __call__(
         self, ranker: Ranker, batch: RankerBatch, teacher_logits: Float[Array, "b q c"] | None = None

@@ -8,6 +8,9 @@ import pytest
 from jaxsearch.errors import InputError
 from tests.toy_config import CONFIG, Inner, ToyConfig
 from train.config import check, describe, load_config, override
+from train.encoder import EncoderConfig
+from train.prune import PruneConfig
+from train.ranker import RankerConfig
 
 
 @pytest.fixture
@@ -52,11 +55,30 @@ def test_an_override_takes_the_type_of_its_field(assignment, expected):
         ("inner.schedule=cubic", "not a value of type"),
         ("pair=4", "not a value of type"),
         ("steps", "write key=value"),
+        ("zzz=1", "has no 'zzz'; it has steps, name, is_deep"),
     ],
 )
 def test_an_override_that_cannot_be_says_why(assignment, message):
     with pytest.raises(InputError, match=message):
         override(ToyConfig(steps=1), [assignment])
+
+
+@pytest.mark.parametrize(
+    ("config", "assignment", "message"),
+    [
+        (PruneConfig(), "search.chunk=0", r"--set search\.chunk=0: .*chunk 0 must be at least 1"),
+        (
+            EncoderConfig(),
+            "loss.temperature=0",
+            r"loss\.temperature=0: temperature must be above 0, not 0\.0",
+        ),
+        (EncoderConfig(), "loss.temperature=nan", "temperature must be above 0, not nan"),
+        (RankerConfig(), "loss.list_temperature=-1", r"list_temperature must be above 0, not -1\.0"),
+    ],
+)
+def test_what_a_dataclass_of_the_library_refuses_is_said_in_its_words(config, assignment, message):
+    with pytest.raises(InputError, match=message):
+        override(config, [assignment])
 
 
 def test_what_is_printed_can_be_set_again():

@@ -36,7 +36,7 @@ def note_command(path: Path) -> list[str]:
     lines = docstring_of(path).splitlines()
     first = next(number for number, line in enumerate(lines) if line.startswith("Command:"))
     last = next(number for number, line in enumerate(lines) if number > first and not line.startswith(" "))
-    return shlex.split(" ".join(lines[first:last]).removeprefix("Command:"))
+    return shlex.split("\n".join(lines[first:last]).removeprefix("Command:").replace("\\\n", " "))
 
 
 def launcher_of(path: Path) -> str:
@@ -65,6 +65,7 @@ def test_a_config_is_a_lab_note(path):
     assert not re.search(r"^(Time|Numbers): [A-Z]+$", note, re.MULTILINE), "a placeholder"
     words = note_command(path)
     assert words[words.index("--config") + 1] == relative(path)
+    assert not re.search(r"[^\\]\n +(--[a-z]|[a-z_.]+=)", note), "a line of the command lacks its backslash"
     if "--set" in words:
         given = words[words.index("--set") + 1 :]
         override(both(path)[0], [word for word in given if not word.startswith("--")])

@@ -11,6 +11,7 @@ import rich.console
 from jaxsearch.data.records import Collection, Document, Query
 from jaxsearch.errors import InputError
 from jaxsearch.judge import save_judge
+from jaxsearch.metrics import Interval
 from jaxsearch.retrieval.exact import ExactIndex
 from jaxsearch.retrieval.lexical import Bm25Index
 from jaxsearch.retrieval.scann import ScannIndex
@@ -59,6 +60,23 @@ def test_comparisons_are_paired_with_the_named_baseline():
     same = report.evaluate_group("x", {"a": GOOD, "b": GOOD}, QRELS, COLUMNS, threshold=2, baseline="a")
     assert same.columns["all"].comparisons[0].difference == (0.0, 0.0, 0.0)
     assert not same.columns["all"].comparisons[0].is_significant
+
+
+@pytest.mark.parametrize(
+    ("difference", "shown"),
+    [
+        ((2e-4, 1e-4, 4e-4), "+.000 [+.000, +.000]"),
+        ((0.01, 1e-4, 0.02), "+.010 [+.000, +.020] *"),
+        ((-1e-4, -0.01, 0.01), "+.000 [-.010, +.010]"),
+        ((-0.02, -0.03, -1e-4), "-.020 [-.030, +.000] *"),
+    ],
+)
+def test_a_star_is_for_an_interval_that_excludes_0_and_a_difference_that_can_be_seen(difference, shown):
+    result = group()
+    found = report.Comparison("good", "poor", Interval(*difference))
+    column = dataclasses.replace(result.columns["all"], comparisons=[found])
+    _, rows = report.comparison_rows(dataclasses.replace(result, columns={"all": column}))
+    assert rows == [["good − poor", shown]]
 
 
 def test_fused_ranker_is_compared_with_bm25_and_its_encoder():
@@ -116,6 +134,14 @@ def test_rendered_tables_state_the_numbers():
     assert "unseen documents" in shown
     assert "…" not in shown
     assert max(map(len, shown.splitlines())) <= 80
+
+
+def test_a_kappa_that_rounds_to_0_has_no_sign():
+    documents = {"a": Document("a", {"title": "A"})}
+    collection = Collection("x", {"q": Query("q", "?")}, documents, {}, {"q": "test"})
+    judge = {"weighted_kappa": (-1e-4, -2e-4, 1e-4), "num_pairs": 3}
+    notes = evaluate.notes_of(EvaluateConfig(), collection, 2, {"judge": judge})
+    assert "weighted kappa 0.000 [0.000, 0.000], 3 pairs" in notes[-1]
 
 
 def test_json_is_strict_and_complete():
@@ -193,6 +219,10 @@ def parts(tmp_path_factory):
     return {**folders, "judge": root / "judge", "collection": collection}
 
 
+def parts_version(parts, kind):
+    return json.loads((parts[kind] / "jaxsearch.json").read_text())["version"]
+
+
 def config_of(parts, **changes):
     options = {
         "encoder": str(parts["encoder"]),
@@ -224,6 +254,12 @@ def test_launcher_writes_the_table_of_every_system(parts, tmp_path, capsys):
     assert means["twin"] == means["ranker"]
     assert means["ranker"]["recall@100"] == means["encoder"]["recall@100"]
     notes = stated["notes"]
+    assert notes["data"] in notes["text"][0]
+    assert notes["models"] == {
+        "encoder": parts_version(parts, "encoder"),
+        "ranker": parts_version(parts, "ranker"),
+    }
+    assert not any("last row" in line for line in notes["text"])
     assert notes["judge"]["num_pairs"] == 30
     assert 0.0 <= notes["fusion"][0] <= 1.0
     assert (tmp_path / "report.md").read_text().startswith("# jobs: test queries")
@@ -255,7 +291,12 @@ def test_launcher_without_an_encoder_folder_starts_from_the_retriever(parts, tmp
         ({"systems": ("bm25:long",)}, "no view 'long': set systems=bm25:<view> to short or full"),
         ({"systems": ("bm26",)}, "unknown system 'bm26': set systems to some of bm25:short"),
         ({"ranker": ""}, "system 'ranker' needs a folder: set ranker=DIR"),
-        ({"baseline": "judge"}, "baseline 'judge'"),
+        (
+            {"baseline": "judge"},
+            "baseline 'judge' must be .*: set baseline to bm25:short or bm25:full or minilm",
+        ),
+        ({"systems": ("judge",)}, "add one to systems, for example bm25"),
+        ({"systems": ("judge", "encoder")}, "baseline 'bm25:short' must be .*: set baseline to encoder"),
         ({"other_rankers": ("twin",)}, "write name=folder"),
         ({"other_rankers": ("minilm=x",)}, "is a system already"),
         ({"split": "other"}, "no queries in split"),

@@ -7,6 +7,7 @@ import pytest
 from jaxsearch.bundle import load_bundle
 from jaxsearch.encoder import load_encoder, save_encoder
 from jaxsearch.errors import InputError
+from jaxsearch.ranker import load_ranker, save_ranker
 from tests.tiny_bundle import write_parts
 from tests.tiny_collection import write_collection
 from train import export, index
@@ -72,9 +73,30 @@ def test_an_unknown_lexical_view_is_refused_before_any_work(made, tmp_path):
     ],
 )
 def test_a_report_of_other_models_is_refused(made, tmp_path, models, message):
-    (tmp_path / "report.json").write_text(json.dumps({"groups": [{}], "models": models}))
+    (tmp_path / "report.json").write_text(json.dumps({"groups": [{}], "notes": {"models": models}}))
     with pytest.raises(InputError, match=message):
         export.main(export.ExportConfig(report=str(tmp_path / "report.json"), **made), tmp_path)
+
+
+def test_a_report_of_other_data_is_refused(made, tmp_path):
+    (tmp_path / "report.json").write_text(json.dumps({"groups": [{}], "notes": {"data": "elsewhere"}}))
+    with pytest.raises(
+        InputError, match=r"report\.json was made from other data than .*run train\.evaluate again"
+    ):
+        export.main(export.ExportConfig(report=str(tmp_path / "report.json"), **made), tmp_path)
+
+
+def test_a_ranker_of_other_data_or_another_vertical_is_told_and_stands_in_the_card(made, tmp_path, capsys):
+    trained = {"collection": "123456789abc", "vertical": "cba987654321"}
+    save_ranker(tmp_path / "other", load_ranker(made["ranker"]), trained=trained)
+    config = export.ExportConfig(**made | {"ranker": str(tmp_path / "other")}, calibration_queries=0)
+    export.main(config, tmp_path)
+    said = "was trained on collection 123456789abc, not data ("
+    assert f"other: {said}" in capsys.readouterr().out
+    card = (tmp_path / "bundle" / "MODEL_CARD.md").read_text()
+    assert f"This ranker {said}" in card
+    assert "and vertical cba987654321, not jobs (" in card
+    assert "This encoder" not in card
 
 
 def test_an_index_of_another_encoder_is_refused_before_any_work(made, tmp_path):

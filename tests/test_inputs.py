@@ -1,6 +1,7 @@
 """What launchers start from: messages about data, views and validation queries that cannot work."""
 
 import dataclasses
+import json
 
 import pytest
 
@@ -49,6 +50,32 @@ def test_a_field_that_some_documents_lack_is_empty_there(data, tmp_path):
     collection, vertical = load_data(dataclasses.replace(data, collection=str(tmp_path)), view="full")
     texts = [vertical.document_text(document, "full") for document in collection.documents.values()]
     assert texts == ["Baker.", "Bake."]
+
+
+def test_fields_of_several_types_and_documents_without_text_are_told(data, tmp_path, capsys):
+    rows = (
+        {"id": "1", "title": "Baker", "pay": 30, "remote": False},
+        {"id": "2", "title": 5, "pay": 31.5, "tasks": ["Bake."]},
+        {"id": "3", "title": "Smith", "pay": "long", "tasks": "Forge."},
+        {"id": "4", "title": " ", "remote": 1},
+    )
+    (tmp_path / "documents.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (tmp_path / "queries.jsonl").write_text('{"id": "q", "text": "bread", "split": "train"}\n')
+    (tmp_path / "grades.jsonl").write_text('{"query_id": "q", "document_id": "1", "grade": 4}\n')
+    load_data(dataclasses.replace(data, collection=str(tmp_path)), view="short")
+    why = "it cannot be filtered by until all have one type"
+    assert capsys.readouterr().err.splitlines() == [
+        f"{tmp_path.name}: {line}"
+        for line in (
+            f"field pay is a number in 2 documents but text in 1 (first 3): {why}",
+            f"field remote is true/false in 1 documents but a number in 1 (first 4): {why}",
+            f"field tasks is a list in 1 documents but text in 1 (first 3): {why}",
+            f"field title is text in 3 documents but a number in 1 (first 2): {why}",
+            "1 of 4 documents have no text in view short (first 4): no words find them",
+        )
+    ]
+    load_data(data, view="short")
+    assert capsys.readouterr().err == ""
 
 
 def test_a_split_without_queries_is_named(data, tmp_path):

@@ -26,7 +26,7 @@ def test_by_hand(engine):
     assert values["recall@100"]["q"] == 1.0
     assert values["mrr@10"]["q"] == pytest.approx(1 / 3)
     assert values["precision@10"]["q"] == pytest.approx(0.2)
-    assert values["poor_match_rate@10"]["q"] == 0.5
+    assert values["poor_match_rate@10"]["q"] == 0.8
 
 
 @pytest.mark.parametrize("engine", ["ir_measures", "numpy"])
@@ -118,8 +118,18 @@ def test_poor_match_floor_is_reached_by_the_perfect_ranking():
     values = metrics.rank_metrics(qrels, perfect, threshold=2, metrics=("poor_match_rate@10",))
     mean = np.mean(list(values["poor_match_rate@10"].values()))
     assert mean == pytest.approx(metrics.poor_match_floor(qrels), abs=1e-12)
-    few = {key: {"d00": 4, "d01": 0} for key in qrels}
-    assert metrics.poor_match_floor(few, num_documents=2) == 0.5
+
+
+def test_empty_places_are_poor_so_that_no_short_list_is_below_the_floor():
+    """Two good documents for ten places: .8 at least, however few are shown."""
+    lists = ({}, {"a": 1.0}, {"a": 2.0, "c": 1.0}, {"a": 2.0, "b": 1.0})
+    found = [
+        metrics.rank_metrics(QRELS, {"q": shown}, threshold=2, metrics=("poor_match_rate@10",))
+        for shown in lists
+    ]
+    assert [values["poor_match_rate@10"]["q"] for values in found] == [1.0, 0.9, 0.9, 0.8]
+    assert metrics.poor_match_floor(QRELS) == 0.8
+    assert metrics.rank_metrics(QRELS, {}, threshold=2)["poor_match_rate@10"] == {"q": 1.0}
 
 
 @settings(max_examples=40, deadline=None)

@@ -174,6 +174,8 @@ def test_a_ranker_teaches_what_it_would_answer(world):
 def test_what_makes_no_sense_is_refused(world, tmp_path):
     with pytest.raises(InputError, match="nothing is to be cut"):
         prune.main(prune_config(world, drop_layers=0, mlp_dim=0, num_heads=0), tmp_path / "none")
+    with pytest.raises(InputError, match=r"num_heads=1 and num_kv_heads=1: .* set the other to 0"):
+        prune.main(prune_config(world, num_kv_heads=1), tmp_path)
     with pytest.raises(InputError, match="mlp_dim 25 is not from 1 to the decoder's 24"):
         prune.main(prune_config(world, mlp_dim=25), tmp_path / "wide")
     with pytest.raises(InputError, match="raise calibration_queries or per_query"):

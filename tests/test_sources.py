@@ -10,7 +10,7 @@ import pyarrow
 import pytest
 from pyarrow import parquet
 
-from jaxsearch.data.records import SPLITS, split_by_hash
+from jaxsearch.data.records import SPLITS, Document, split_by_hash
 from jaxsearch.data.sources import BadLines, load_collection, read_pairs
 from jaxsearch.errors import InputError
 
@@ -255,21 +255,46 @@ def test_what_is_not_there_is_said(tmp_path: Path):
 
 
 def test_pairs(tmp_path: Path):
-    file = tmp_path / "pairs.jsonl"
+    file, collection = tmp_path / "pairs.jsonl", load_collection(write_jsonl(tmp_path / "data"))
+    extra = Document("7", {"title": "Seventh"})
+    collection = dataclasses.replace(collection, documents={**collection.documents, "7": extra})
     write_lines(file, [{"query_id": "q1", "document_id": 7}, {"query_id": "q1", "document_id": "d2"}])
-    assert read_pairs(file) == [("q1", "7"), ("q1", "d2")]
-    write_lines(
-        file,
-        [{"query_id": "q1", "document_id": 7}, {"query_id": "q1"}, {"query_id": "q1", "document_id": "7"}],
-    )
-    with pytest.raises(InputError, match=r":2: query_id and document_id must be there"):
-        read_pairs(file)
-    assert read_pairs(file, skip_bad_lines=True) == [("q1", "7")]
-    file.write_text("")
-    with pytest.raises(InputError, match="holds no pair"):
-        read_pairs(file)
-    with pytest.raises(InputError, match="no pairs in"):
-        read_pairs(tmp_path / "pairs.csv")
+    assert read_pairs(file, collection) == ([("q1", "7"), ("q1", "d2")], "")
+    rows = [
+        {"query_id": "q1", "document_id": 7},
+        {"query_id": "q1"},
+        {"query_id": "q1", "document_id": "7"},
+        {"query_id": "q9", "document_id": "d1"},
+        {"query_id": "q1", "document_id": "d9"},
+        "{",
+    ]
+    write_lines(file, rows)
+    with pytest.raises(InputError, match="bad lines: 4") as caught:
+        read_pairs(file, collection)
+    reasons = [
+        ":2: query_id and document_id must be",
+        ":4: unknown query q9",
+        ":5: unknown document d9",
+        ":6: not JSON",
+    ]
+    lines = str(caught.value).splitlines()[1:]
+    assert all(line.startswith(f"{file}{reason}") for line, reason in zip(lines, reasons, strict=True))
+    left_out = f"Bad lines left out: 4 (4 of {file})."
+    assert read_pairs(file, collection, skip_bad_lines=True) == ([("q1", "7")], left_out)
+
+
+def test_a_file_without_pairs_is_said(tmp_path: Path):
+    file, collection = tmp_path / "pairs.jsonl", load_collection(write_jsonl(tmp_path / "data"))
+    with pytest.raises(InputError, match=r"pairs\.jsonl: no such file"):
+        read_pairs(file, collection)
+    write_lines(file, [{"query_id": "q9", "document_id": "d1"}])
+    with pytest.raises(InputError, match=r"holds no usable pair\. Bad lines left out: 1"):
+        read_pairs(file, collection, skip_bad_lines=True)
+    (tmp_path / "pairs.csv").touch()
+    with pytest.raises(
+        InputError, match=r"pairs\.csv: is not read; give pairs as a \.jsonl or \.parquet file"
+    ):
+        read_pairs(tmp_path / "pairs.csv", collection)
 
 
 def test_queries_without_grade_and_split_are_train_queries(tmp_path: Path):

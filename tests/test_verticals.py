@@ -53,7 +53,7 @@ def test_every_vertical_that_ships_loads(directory: Path):
         ('name = "x"\nquery_instruction = ""\nrelevant_threshold = 2\n[views]', "one view at least"),
         (
             'name = "x"\ntop = 1\nquery_instruction = ""\nrelevant_threshold = 2\n[views]\na = ["b"]',
-            "unknown key 'top'",
+            r"unknown key 'top' \(known: name, query_instruction, relevant_threshold, views, examples\)",
         ),
     ],
 )

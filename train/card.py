@@ -61,6 +61,8 @@ def model_card(facts: CardFacts) -> str:
     lines += ["", "## Data", "", *_data(facts)]
     for kind, card in facts.models.items():
         lines += ["", f"## {kind.capitalize()}", "", f"Version {card['version']}.", ""]
+        if other := trained_elsewhere(card, facts.collection, facts.vertical):
+            lines += [f"This {kind} {other}.", ""]
         lines += [f"- {key}: {value}" for key, value in _flat(card.get("trained", {})).items()]
     lines += ["", "## Quality", "", *_quality(facts)]
     lines += ["", "## Calibration", ""]
@@ -68,6 +70,18 @@ def model_card(facts: CardFacts) -> str:
     lines += ["", "## Speed", ""]
     lines += [f"- {key}: {value}" for key, value in _flat(facts.speed).items()]
     return "\n".join(lines) + "\n"
+
+
+def trained_elsewhere(card: Mapping[str, Any], collection: Collection, vertical: Vertical) -> str:
+    """What of a model's training was not this collection and this vertical, as far as its card says; else empty."""
+    trained = card.get("trained", {})
+    here = {"collection": (collection.name, collection), "vertical": (vertical.name, vertical)}
+    other = [
+        f"{kind} {trained[kind]}, not {name} ({made.fingerprint()})"
+        for kind, (name, made) in here.items()
+        if trained.get(kind, made.fingerprint()) != made.fingerprint()
+    ]
+    return f"was trained on {' and '.join(other)}" if other else ""
 
 
 def _data(facts: CardFacts) -> list[str]:

@@ -195,10 +195,9 @@ def _field_docs(config_type: type) -> dict[str, str]:
 def _assign(config: Any, keys: list[str], text: str, full_key: str) -> Any:
     names = [field.name for field in dataclasses.fields(config)]
     if keys[0] not in names:
-        near = difflib.get_close_matches(keys[0], names, n=3, cutoff=0.4) or names
-        raise InputError(
-            f"--set {full_key}: {type(config).__name__} has no {keys[0]!r}; near it: {', '.join(near)}"
-        )
+        near = difflib.get_close_matches(keys[0], names, n=3, cutoff=0.4)
+        hint = f"near it: {', '.join(near)}" if near else f"it has {', '.join(names)}"
+        raise InputError(f"--set {full_key}: {type(config).__name__} has no {keys[0]!r}; {hint}")
     value = getattr(config, keys[0])
     if dataclasses.is_dataclass(value):
         if len(keys) == 1:
@@ -211,6 +210,8 @@ def _assign(config: Any, keys: list[str], text: str, full_key: str) -> Any:
     hint = typing.get_type_hints(type(config))[keys[0]]
     try:
         return dataclasses.replace(config, **{keys[0]: _parse(text.strip(), hint)})
+    except InputError as error:  # what the dataclass itself says of its values
+        raise InputError(f"--set {full_key}={text}: {error}") from None
     except (ValueError, TypeError, KeyError):
         raise InputError(f"--set {full_key}={text}: not a value of type {_type_name(hint)}") from None
 

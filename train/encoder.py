@@ -191,7 +191,7 @@ def main(config: EncoderConfig, workdir: Path) -> None:
             text_encoder.use_weights(encoder)
     leave_to_main()
     trained = {
-        **origin(config.backbone, collection),
+        **origin(config.backbone, collection, vertical),
         "steps": steps,
         "validation": report,
         "kept": kept,

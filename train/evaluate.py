@@ -92,9 +92,7 @@ class Stage:
     """The collection, and the runs of its queries that systems share."""
 
     def __init__(self, config: EvaluateConfig, collection: Collection, vertical: Vertical):
-        self.config = config
-        self.collection = collection
-        self.vertical = vertical
+        self.config, self.collection, self.vertical = config, collection, vertical
         self.document_ids = list(collection.documents)
         self._encoders: dict[str, tuple[TextEncoder, ExactIndex]] = {}
         self.judged: Run = {}
@@ -241,8 +239,12 @@ def check(config: EvaluateConfig, vertical: Vertical) -> dict[str, str]:
     for field, systems in needs.items():
         if not getattr(config, field) and (wanted := [name for name in systems if name in config.systems]):
             raise InputError(f"system {wanted[0]!r} needs a folder: set {field}=DIR or leave the system out")
-    if config.baseline not in config.systems or config.baseline == "judge":
-        raise InputError(f"baseline {config.baseline!r} must be one of the systems that rank all queries")
+    whole = [system for system in config.systems if system != "judge"]
+    if config.baseline not in whole:
+        advice = f"set baseline to {' or '.join(whole)}" if whole else "add one to systems, for example bm25"
+        raise InputError(
+            f"baseline {config.baseline!r} must be one of the systems that rank all queries: {advice}"
+        )
     return others
 
 
@@ -281,7 +283,7 @@ def collect_runs(
         seconds[system] = seconds.get(system, 0.0) + time.monotonic() - started
     for name, folder in others.items():
         runs[name] = report.overlay(first, stage.rerank(folder, candidates, name))
-    facts["models"] = stage.versions
+    facts |= {"data": stage.collection.fingerprint(), "models": stage.versions}
     facts["seconds"] = {system: round(value, 2) for system, value in seconds.items()}
     return runs, subset_runs, facts
 
@@ -303,11 +305,8 @@ def build_groups(
         "num_samples": config.num_samples,
         "seed": config.seed,
     }
-    groups = [
-        report.evaluate_group(
-            f"{config.split} queries", runs, qrels_of(collection, queries), columns, **options
-        )
-    ]
+    name, qrels = f"{config.split} queries", qrels_of(collection, queries)
+    groups = [report.evaluate_group(name, runs, qrels, columns, **options)]
     if subset_runs:
         both = runs | subset_runs
         order = [name for name in (*config.systems, *runs) if name in both]
@@ -329,7 +328,7 @@ def notes_of(
         f"encoders read the {config.view} view; judge and rankers, where shown, reorder the best {config.depth} of "
         f"{'encoder' if config.encoder else 'minilm'}, in {config.dtype}",
         "each column counts its own documents only; candidates come from the whole corpus",
-        "poor@10: share of the top ten graded below 2; the last row is what a perfect ranking has",
+        *report.LEGEND,
     ]
     if fitted := facts.get("fusion"):
         notes.append(
@@ -339,7 +338,7 @@ def notes_of(
     if judged := facts.get("judge"):
         value, low, high = judged["weighted_kappa"]
         notes.append(
-            f"judge against the collection's grades: weighted kappa {value:.3f} [{low:.3f}, {high:.3f}], "
+            f"judge against the collection's grades: weighted kappa {value:z.3f} [{low:z.3f}, {high:z.3f}], "
             f"{judged['num_pairs']} pairs from the first stage's best {config.depth}"
         )
     return notes

@@ -24,7 +24,7 @@ from jaxsearch.errors import InputError
 from jaxsearch.files import read_json, read_object, write_json
 from jaxsearch.ranker import load_ranker
 from jaxsearch.retrieval.exact import ExactIndex
-from train.card import CardFacts, measure_speed, model_card
+from train.card import CardFacts, measure_speed, model_card, trained_elsewhere
 from train.config import Count, CountOrNone
 from train.inputs import load_data, mine, offline_scorer
 from train.options import run, say
@@ -84,8 +84,11 @@ def check_made_from(
     models: Mapping[str, Mapping[str, Any]],
     index: ExactIndex,
     report: Mapping[str, Any],
+    data: str,
 ) -> None:
-    """Whether index and report belong to these models.
+    """Whether index and report belong to these models, and the report to the collection of fingerprint `data`.
+
+    A report that was written before reports stated their data, or their models, is believed.
 
     Raises: InputError when they do not.
     """
@@ -95,7 +98,13 @@ def check_made_from(
             f"{config.index} was made by encoder {indexed}, {config.encoder} is {encoder}: run train.index again with "
             f"--set encoder={config.encoder}"
         )
-    for kind, measured in report.get("models", {}).items():
+    notes = report.get("notes", {})
+    if notes.get("data", data) != data:
+        raise InputError(
+            f"{config.report} was made from other data than {config.collection}; run train.evaluate again, or leave "
+            "report empty"
+        )
+    for kind, measured in notes.get("models", {}).items():
         if measured != models[kind]["version"]:
             raise InputError(
                 f"{config.report} measured {kind} {measured}, {getattr(config, kind)} is {models[kind]['version']}: "
@@ -168,7 +177,10 @@ def main(config: ExportConfig, workdir: Path) -> None:
     )
     index = load_index(config, collection)
     models = {"encoder": read_card(Path(config.encoder)), "ranker": read_card(Path(config.ranker))}
-    check_made_from(config, models, index, report)
+    check_made_from(config, models, index, report, collection.fingerprint())
+    for kind, card in models.items():
+        if other := trained_elsewhere(card, collection, vertical):
+            say(f"{getattr(config, kind)}: {other}; the model card says so too")
     name, lexical_view = config.name or vertical.name, config.lexical_view or index.metadata["view"]
     ranker = load_ranker(config.ranker)
     queries = collection.split("validation")

@@ -14,7 +14,7 @@ from jaxsearch.buckets import Lattice
 from jaxsearch.checkpoints import read_card
 from jaxsearch.data.assets import licence_of, resolve
 from jaxsearch.data.batches import CandidateSampler
-from jaxsearch.data.records import Collection, Query, Run
+from jaxsearch.data.records import Collection, FieldValue, Query, Run
 from jaxsearch.data.sources import load_collection
 from jaxsearch.data.verticals import Vertical, load_vertical
 from jaxsearch.encoder import TextEncoder, load_encoder
@@ -41,7 +41,7 @@ class DataConfig(Protocol):
 def load_data(
     config: DataConfig, *, needs: Sequence[str] = (), view: str = "", field: str = "view"
 ) -> tuple[Collection, Vertical]:
-    """The collection and the vertical of a config; says on the console what was left out of the collection.
+    """The collection and the vertical of a config; of an own folder the console says what was left out and is odd.
 
     Args: `needs` are the splits that must have queries; the vertical must have the `view`, the documents its fields;
         `field` is the config's name for it.
@@ -62,9 +62,45 @@ def load_data(
         )
     if view:
         check_view(collection, vertical, view, field=field)
-    if collection.notice and Path(config.collection).is_dir():
-        print(f"{collection.name}: {collection.notice}", file=sys.stderr)
+    if Path(config.collection).is_dir():
+        odd = [*mixed_fields(collection), *without_text(collection, vertical, view)]
+        for line in [collection.notice, *odd] if collection.notice else odd:
+            print(f"{collection.name}: {line}", file=sys.stderr)
     return collection, vertical
+
+
+def mixed_fields(collection: Collection) -> list[str]:
+    """A sentence for each field that has several types, which no filter takes: how many of each, and where."""
+    found: dict[str, dict[str, list[str]]] = {}
+    for document in collection.documents.values():
+        for field, value in document.fields.items():
+            found.setdefault(field, {}).setdefault(_kind(value), []).append(document.id)
+    lines = []
+    for field, kinds in sorted(found.items()):
+        (usual, ids), *others = sorted(kinds.items(), key=lambda item: -len(item[1]))
+        if others:
+            rare = ", ".join(f"{kind} in {len(there)} (first {there[0]})" for kind, there in others)
+            lines.append(
+                f"field {field} is {usual} in {len(ids)} documents but {rare}: it cannot be filtered by until all have "
+                "one type"
+            )
+    return lines
+
+
+def without_text(collection: Collection, vertical: Vertical, view: str) -> list[str]:
+    """A sentence on the documents of which a view shows nothing, if there are any and a view is given."""
+    documents = collection.documents.values() if view else ()
+    empty = [document.id for document in documents if not vertical.document_text(document, view)]
+    if not empty:
+        return []
+    return [
+        f"{len(empty)} of {len(documents)} documents have no text in view {view} (first {empty[0]}): no words find them"
+    ]
+
+
+def _kind(value: FieldValue) -> str:
+    kinds = {bool: "true/false", str: "text", list: "a list"}
+    return kinds.get(type(value), "a number")
 
 
 def check_view(collection: Collection, vertical: Vertical, view: str, *, field: str) -> None:
@@ -190,11 +226,12 @@ def validate(
     return {name: float(np.mean(list(per_query.values()))) for name, per_query in values.items()}
 
 
-def origin(base: str, collection: Collection) -> dict[str, str]:
-    """What a trained model's card says first: from which weights, under which licence, on which data."""
+def origin(base: str, collection: Collection, vertical: Vertical) -> dict[str, str]:
+    """What a trained model's card says first: from which weights, under which licence, on which data and vertical."""
     made_before = read_card(Path(base)).get("trained", {})
     licence = made_before.get("licence") or licence_of(base)
-    return {"base": base, "licence": licence, "collection": collection.fingerprint()}
+    made_on = {"collection": collection.fingerprint(), "vertical": vertical.fingerprint()}
+    return {"base": base, "licence": licence, **made_on}
 
 
 def offline_scorer(model: TextJudge | TextRanker, *, max_batch_tokens: int = 2048) -> PrefillScorer:

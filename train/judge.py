@@ -211,7 +211,7 @@ def main(config: JudgeConfig, workdir: Path) -> None:
         for split in ("validation", "test")
     }
     trained = {
-        **origin(config.base, collection),
+        **origin(config.base, collection, vertical),
         "steps": result.step,
         "agreement": report,
     }
@@ -219,7 +219,7 @@ def main(config: JudgeConfig, workdir: Path) -> None:
     write_json(workdir / "report.json", report)
     for split, found in report.items():
         kappa, low, high = (found[f"weighted_kappa{end}"] for end in ("", "_low", "_high"))
-        say(f"{split}: weighted kappa {kappa:.3f} [{low:.3f}, {high:.3f}], {found['pairs']:.0f} pairs")
+        say(f"{split}: weighted kappa {kappa:z.3f} [{low:z.3f}, {high:z.3f}], {found['pairs']:.0f} pairs")
     if report["validation"]["weighted_kappa_low"] <= 0:
         say("this judge does not tell grades apart: its labels teach nothing yet; give it more graded pairs")
     say(f"model: {workdir / 'model'}")

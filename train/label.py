@@ -38,11 +38,11 @@ class LabelConfig:
     collection: str = "onet_activities"
     """A built-in collection or the folder of your own (BEIR, JSONL, Parquet)."""
     skip_bad_lines: bool = False
-    """Leave out the collection's bad lines, counted, instead of stopping with a list of them."""
+    """Leave out bad lines of collection and pairs, counted, instead of stopping with a list of them."""
     vertical: str = "configs/verticals/onet_activities"
     """Folder with fields, views, policy and prompts."""
     pairs: str = ""
-    """JSONL with query_id and document_id; empty: pairs of train queries are drawn as below."""
+    """JSONL or Parquet with query_id and document_id; empty: pairs of train queries are drawn as below."""
     retriever: str = "minilm"
     """Whose best documents become hard negatives."""
     num_queries: Count = 310
@@ -147,7 +147,9 @@ def main(config: LabelConfig, workdir: Path) -> None:
     collection, vertical = load_data(config)
     judge = load_judge(config.judge, dtype=config.dtype)
     if config.pairs:
-        pairs = read_pairs(config.pairs, skip_bad_lines=config.skip_bad_lines)
+        pairs, notice = read_pairs(config.pairs, collection, skip_bad_lines=config.skip_bad_lines)
+        if notice:
+            say(notice)
     else:
         pairs = sample_pairs(
             collection,
@@ -161,15 +163,6 @@ def main(config: LabelConfig, workdir: Path) -> None:
             random_share=config.random_share,
             seed=config.seed,
             is_graded=False,
-        )
-    unknown = [
-        pair for pair in pairs if pair[0] not in collection.queries or pair[1] not in collection.documents
-    ]
-    if unknown:
-        listed = "\n".join(f"  {query_id}, {document_id}" for query_id, document_id in unknown[:100])
-        raise InputError(
-            f"{len(unknown)} pairs name a query or a document that {collection.name} has not; add it there, or take "
-            f"the pairs out:\n{listed}"
         )
     claim(
         workdir,

@@ -239,6 +239,11 @@ def num_weights(decoder: Decoder) -> dict[str, int]:
 
 
 def main(config: PruneConfig, workdir: Path) -> None:
+    if config.num_heads and config.num_kv_heads:
+        raise InputError(
+            f"num_heads={config.num_heads} and num_kv_heads={config.num_kv_heads}: heads are cut by one of them, set "
+            "the other to 0"
+        )
     if config.widths == Widths() and not config.drop_layers:
         raise InputError("nothing is to be cut: set drop_layers, mlp_dim, num_heads or num_kv_heads")
     ranker, retriever = load_ranker(config.ranker), load_retriever(config.retriever)
@@ -278,7 +283,7 @@ def main(config: PruneConfig, workdir: Path) -> None:
         **found,
     }
     made_of = read_card(Path(config.ranker)).get("trained", {})
-    kept = {name: made_of[name] for name in ("base", "licence", "collection") if name in made_of}
+    kept = {name: made_of[name] for name in ("base", "licence", "collection", "vertical") if name in made_of}
     trained = {"pruned_from": ranker.version, "method": config.search.method, "validation": after, **found}
     save_ranker(workdir / "model", pruned, trained=kept | trained)
     write_json(workdir / "report.json", report)

@@ -363,7 +363,7 @@ def main(config: RankerConfig, workdir: Path) -> None:
         "teacher": teacher.version if teacher else "none",
     }
     trained = {
-        **origin(config.base, collection),
+        **origin(config.base, collection, vertical),
         "layers": list(layers),
         **report,
     }

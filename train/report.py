@@ -38,6 +38,11 @@ TITLES = {
     "precision@10": "precision@10",
     "poor_match_rate@10": "poor@10",
 }
+LEGEND = (
+    "poor@10: share of the first ten places without a document of grade 2 or above, empty ones included; no system has "
+    "less than a perfect ranking",
+    "NDCG@10 differences: a star where the 95 % interval, paired over queries, excludes 0 before rounding",
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,7 +55,9 @@ class Comparison:
 
     @property
     def is_significant(self) -> bool:
-        return self.difference.low > 0 or self.difference.high < 0
+        """Whether the interval excludes 0 before it is rounded; never where all three numbers are shown as 0."""
+        is_seen = any(round(value, 3) for value in self.difference)
+        return is_seen and (self.difference.low > 0 or self.difference.high < 0)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -170,7 +177,7 @@ def evaluate_group(
         results[column] = ColumnResult(
             num_documents=len(documents),
             num_queries={metric: len(values[baseline][metric]) for metric in METRICS},
-            poor_match_floor=poor_match_floor(own, num_documents=len(documents)),
+            poor_match_floor=poor_match_floor(own),
             means={
                 system: {
                     metric: float(np.mean(list(scores.values()))) if scores else math.nan
@@ -220,12 +227,12 @@ def to_json(groups: Sequence[GroupResult], notes: Mapping[str, Any]) -> dict[str
 
 
 def short(value: float) -> str:
-    return "–" if math.isnan(value) else f"{value:.3f}".replace("0.", ".", 1)
+    return "–" if math.isnan(value) else f"{value:z.3f}".replace("0.", ".", 1)
 
 
 def _signed(value: float) -> str:
-    """+.012, always with its sign."""
-    return ("-" if value < 0 else "+") + short(abs(value))
+    """+.012, always with its sign; what rounds to 0 is +.000."""
+    return ("-" if round(value, 3) < 0 else "+") + short(abs(value))
 
 
 def table_rows(group: GroupResult) -> tuple[list[str], list[list[str]]]:
@@ -248,7 +255,7 @@ def table_rows(group: GroupResult) -> tuple[list[str], list[list[str]]]:
 
 
 def comparison_rows(group: GroupResult) -> tuple[list[str], list[list[str]]]:
-    """Header and rows of NDCG@10 differences with their intervals; a star where the interval excludes 0."""
+    """Header and rows of NDCG@10 differences with their intervals; a star where `is_significant`."""
     rows = []
     for position, first in enumerate(group.columns["all"].comparisons):
         row = [f"{first.system} − {first.against}"]
@@ -286,7 +293,9 @@ def to_rich(group: GroupResult) -> list[rich.table.Table]:
             cells = [short(value), f"[dim]{short(low)}–{short(high)}[/]", short(means["ndcg_exp@10"])]
             table.add_row(f"  {system}", *cells, *(short(means[metric]) for metric in metrics))
         table.add_section()
-    differences = rich.table.Table(title="NDCG@10, paired 95 % interval; * excludes 0", **style)
+    differences = rich.table.Table(
+        title="NDCG@10, paired 95 % interval; * excludes 0 before rounding", **style
+    )
     header, rows = comparison_rows(group)
     for number, name in enumerate(header):
         differences.add_column(name, justify="right" if number else "left")

@@ -1,6 +1,6 @@
-"""The demo's table: every system on the test queries, the judge on 30 of them.
+r"""The demo's table: every system on the test queries, the judge on 30 of them.
 
-Command: python -m train.evaluate --config configs/demo/evaluate.py --workdir work/demo/evaluate
+Command: python -m train.evaluate --config configs/demo/evaluate.py --workdir work/demo/evaluate \
          --set encoder=work/demo/encoder/model judge=work/demo/judge/model ranker=work/demo/ranker/model
 Time: 3.3 minutes on two cores of 95 GFLOP/s each, nothing compiled before (quick: one minute, 8 queries).
 Numbers: whatever the table says; the demo's budget orders BM25, MiniLM and the encoder, not the stages after them.

@@ -1,6 +1,6 @@
-"""The demo's bundle: encoder, ranker, index, documents and calibration in one folder.
+r"""The demo's bundle: encoder, ranker, index, documents and calibration in one folder.
 
-Command: python -m train.export --config configs/demo/export.py --workdir work/demo/export
+Command: python -m train.export --config configs/demo/export.py --workdir work/demo/export \
          --set encoder=work/demo/encoder/model ranker=work/demo/ranker/model index=work/demo/index/index
 Time: a minute on two cores of 95 GFLOP/s each (quick: half a minute).
 Numbers: report.json has the held-out calibration error and how many known answers the server will check.

@@ -1,6 +1,6 @@
-"""Heals the pruned ranker: it learns the answers of the ranker that it was cut from, on train queries.
+r"""Heals the pruned ranker: it learns the answers of the ranker that it was cut from, on train queries.
 
-Command: python -m train.ranker --config configs/demo/heal.py --workdir work/demo/heal
+Command: python -m train.ranker --config configs/demo/heal.py --workdir work/demo/heal \
          --set base=work/demo/prune/model teacher=work/demo/ranker/model retriever=work/demo/encoder/model
 Time: 6.4 minutes on two CPU cores.
 Numbers: report.json.

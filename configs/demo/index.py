@@ -1,6 +1,6 @@
-"""The demo's index: every document's embedding, searched exhaustively.
+r"""The demo's index: every document's embedding, searched exhaustively.
 
-Command: python -m train.index --config configs/demo/index.py --workdir work/demo/index
+Command: python -m train.index --config configs/demo/index.py --workdir work/demo/index \
          --set encoder=work/demo/encoder/model
 Time: seconds.
 Numbers: none; the table of `configs/demo/evaluate.py` says how well it retrieves.

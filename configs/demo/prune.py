@@ -1,6 +1,6 @@
-"""The demo's ranker with half of its neurons and three of its twelve layers gone, not healed yet.
+r"""The demo's ranker with half of its neurons and three of its twelve layers gone, not healed yet.
 
-Command: python -m train.prune --config configs/demo/prune.py --workdir work/demo/prune
+Command: python -m train.prune --config configs/demo/prune.py --workdir work/demo/prune \
          --set ranker=work/demo/ranker/model retriever=work/demo/encoder/model
 Time: 8.4 minutes on two CPU cores.
 Numbers: report.json; `configs/demo/heal.py` wins back what is lost.

@@ -1,6 +1,6 @@
-"""The demo's ranker: the first 12 layers of SmolLM2, 2,560 pairs, judge's labels + gold + list-wise term.
+r"""The demo's ranker: the first 12 layers of SmolLM2, 2,560 pairs, judge's labels + gold + list-wise term.
 
-Command: python -m train.ranker --config configs/demo/ranker.py --workdir work/demo/ranker
+Command: python -m train.ranker --config configs/demo/ranker.py --workdir work/demo/ranker \
          --set labels=work/demo/label retriever=work/demo/encoder/model
 Time: 6.0 minutes on two cores of 95 GFLOP/s each, nothing compiled before.
 Numbers: see report.json; so few pairs do not reach the encoder, `configs/reference/ranker.py` is the real recipe.

@@ -1,7 +1,7 @@
-"""The reference bundle: encoder, ranker, index, documents and calibration in one folder.
+r"""The reference bundle: encoder, ranker, index, documents and calibration in one folder.
 
-Command: python -m train.export --config configs/reference/export.py --workdir work/reference/export
-         --set encoder=work/reference/encoder/model ranker=work/reference/ranker/model
+Command: python -m train.export --config configs/reference/export.py --workdir work/reference/export \
+         --set encoder=work/reference/encoder/model ranker=work/reference/ranker/model \
          index=work/reference/index/index
 Time: a minute on two cores (quick: seconds).
 Numbers: report.json has the held-out calibration error and how many known answers the server will check.

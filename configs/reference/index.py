@@ -1,6 +1,6 @@
-"""The reference index: every document's embedding by the reference encoder.
+r"""The reference index: every document's embedding by the reference encoder.
 
-Command: python -m train.index --config configs/reference/index.py --workdir work/reference/index
+Command: python -m train.index --config configs/reference/index.py --workdir work/reference/index \
          --set encoder=work/reference/encoder/model
 Time: seconds.
 Numbers: none; the table of `configs/reference/evaluate.py` says how well it retrieves.

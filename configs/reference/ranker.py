@@ -1,6 +1,6 @@
-"""The reference ranker: 12 layers of SmolLM2, 19,200 pairs, judge's labels + gold + list-wise term.
+r"""The reference ranker: 12 layers of SmolLM2, 19,200 pairs, judge's labels + gold + list-wise term.
 
-Command: python -m train.ranker --config configs/reference/ranker.py --workdir work/reference/ranker
+Command: python -m train.ranker --config configs/reference/ranker.py --workdir work/reference/ranker \
          --set labels=work/reference/label retriever=work/reference/encoder/model
 Time: 50 minutes on two cores of 95 GFLOP/s each, other work beside it (quick: one minute).
       `metrics.jsonl` has NDCG@10 every 100 steps: the learning curve.

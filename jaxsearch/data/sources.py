@@ -127,26 +127,37 @@ def load_collection(spec: str | os.PathLike[str], *, skip_bad_lines: bool = Fals
     return _assemble(folder, documents, queries, stated, qrels, bad.settle(skip=skip_bad_lines))
 
 
-def read_pairs(path: str | os.PathLike[str], *, skip_bad_lines: bool = False) -> list[tuple[str, str]]:
+def read_pairs(
+    path: str | os.PathLike[str], collection: Collection, *, skip_bad_lines: bool = False
+) -> tuple[list[tuple[str, str]], str]:
     """The (query id, document id) pairs of a JSONL or Parquet file with `query_id` and `document_id`, each once.
 
+    Returns:
+        The pairs, and one sentence with the number of lines left out ("" when all were good).
+
     Raises:
-        InputError: no such file, no pair in it, or bad lines (an id is missing), all in one.
+        InputError: no such file, no pair in it, or bad lines (an id is missing, or is not in the collection), all in
+            one.
     """
     file, bad = Path(path), BadLines()
     if not file.is_file() or file.suffix not in _KINDS:
-        raise InputError(f"no pairs in {file}: give a {' or '.join(_KINDS)} file")
+        reason = "is not read" if file.is_file() else "no such file"
+        raise InputError(f"{file}: {reason}; give pairs as a {' or '.join(_KINDS)} file")
     pairs: dict[tuple[str, str], None] = {}
     for number, record in _records(file, bad):
         query_id, document_id = _id(record.get("query_id")), _id(record.get("document_id"))
         if query_id is None or document_id is None:
             bad.add(file, number, "query_id and document_id must be there, as text or whole numbers")
+        elif query_id not in collection.queries:
+            bad.add(file, number, f"unknown query {query_id}")
+        elif document_id not in collection.documents:
+            bad.add(file, number, f"unknown document {document_id}")
         else:
             pairs[query_id, document_id] = None
-    bad.settle(skip=skip_bad_lines)
+    notice = bad.settle(skip=skip_bad_lines)
     if not pairs:
-        raise InputError(f"{file} holds no pair")
-    return list(pairs)
+        raise InputError(f"{file} holds no usable pair. {notice}".strip())
+    return list(pairs), notice
 
 
 def _assemble(

@@ -83,7 +83,10 @@ def load_vertical(directory: str | os.PathLike[str]) -> Vertical:
     except tomllib.TOMLDecodeError as error:
         raise InputError(f"{file} is not TOML: {error}") from error
     kinds: dict[str, type] = {"name": str, "query_instruction": str, "relevant_threshold": int, "views": dict}
-    problems = [f"unknown key {key!r}" for key in stated.keys() - kinds.keys() - {"examples"}]
+    problems = []
+    if unknown := sorted(stated.keys() - kinds.keys() - {"examples"}):
+        known = ", ".join([*kinds, "examples"])
+        problems.append(f"unknown key {', '.join(map(repr, unknown))} (known: {known})")
     for key, kind in kinds.items():
         if key not in stated:
             problems.append(f"key {key!r} is missing")
