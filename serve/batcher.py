@@ -6,7 +6,6 @@ thousand items does not hold up one with two. No JAX here: what a launch or a st
 """
 
 import collections
-import concurrent.futures
 import contextlib
 import dataclasses
 import logging
@@ -14,6 +13,7 @@ import math
 import threading
 import time
 from collections.abc import Callable, Generator, Mapping, Sequence
+from concurrent.futures import Future
 from typing import Any, Protocol
 
 Steps = Generator[int, None, Any]
@@ -101,7 +101,7 @@ class _Job:
     tokens_left: int
     deadline: float | None
     submitted: float
-    future: concurrent.futures.Future = dataclasses.field(default_factory=concurrent.futures.Future)
+    future: Future = dataclasses.field(default_factory=Future)
     started: float | None = None
     in_flight: int = 0
     """Launches with some of it that run now; of steps at most one."""
@@ -159,6 +159,11 @@ class Batcher:
         """The drain rate while busy, of launches where there were any, else of steps; None before the first one."""
         return self._rates[False].value or self._rates[True].value
 
+    @property
+    def running_seconds(self) -> float:
+        """How long launches that run now had the device so far; `Launcher.count` is told when they end."""
+        return self._clock() - self._running_since if self._running_tokens else 0.0
+
     def submit(
         self,
         work: Steps | Shareable,
@@ -166,22 +171,19 @@ class Batcher:
         *,
         deadline: float | None = None,
         expected_by: float | None = None,
-    ) -> concurrent.futures.Future:
+    ) -> Future:
         """Queues a job; the future gives an `Outcome`. Cancelling it drops what is not launched yet.
 
-        Args:
-          tokens: what all of it has.
-          deadline: on `clock`; after it the future raises DeadlineExceeded.
-          expected_by: see `check_room`.
+        Args: `tokens` are all that it has; after `deadline`, on `clock`, the future raises DeadlineExceeded;
+        `expected_by`: see `check_room`.
         Raises: QueueFull; DeadlineExceeded; Stopped.
         """
-        assert isinstance(work, Generator) or self._launcher is not None, "shared launches need a launcher"
+        has_steps = isinstance(work, Generator)
+        assert has_steps or self._launcher is not None, "shared launches need a launcher"
         with self._wake:
             if self._is_stopping:
                 raise Stopped("the server is shutting down")
-            self.check_room(
-                tokens, deadline=deadline, expected_by=expected_by, has_steps=isinstance(work, Generator)
-            )
+            self.check_room(tokens, deadline=deadline, expected_by=expected_by, has_steps=has_steps)
             job = _Job(work, tokens, deadline, self._clock())
             self._jobs.append(job)
             self._live.add(job)
@@ -389,9 +391,7 @@ class Batcher:
         return tokens
 
 
-def _resolve(
-    future: concurrent.futures.Future, value: Outcome | None = None, *, error: Exception | None = None
-) -> None:
+def _resolve(future: Future, value: Outcome | None = None, *, error: Exception | None = None) -> None:
     if future.done() or not future.set_running_or_notify_cancel():
         return
     if error is None:

@@ -28,7 +28,9 @@ from serve.protocol import (
     RequestError,
     ScoreBody,
     SearchBody,
+    blaming,
     check_count,
+    check_no_token_ids,
     validate,
 )
 from serve.search import Searcher, sigmoid
@@ -97,7 +99,8 @@ class Service:
         body: ScoreBody = call.validated(ScoreBody)
         self._check_model(body.model)
         if body.item_first:
-            raise InputError("item_first is not supported: the query is the prefix that all items share")
+            message = "item_first is not supported: the query is the prefix that all items share"
+            raise RequestError(400, message, param="item_first")
         if body.label_token_ids is None:
             texts = [item for item in body.items if isinstance(item, str)]
             if not isinstance(body.query, str) or len(texts) < len(body.items):
@@ -107,10 +110,11 @@ class Service:
             scores = {"scores": sigmoid(raw).tolist(), "logits": raw.tolist(), "truncated": truncated}
         else:
             if body.apply_softmax is False:
-                raise InputError(
+                message = (
                     "apply_softmax must be true: only the label rows of the output matrix are multiplied, so "
                     "probabilities over the whole vocabulary do not exist"
                 )
+                raise RequestError(400, message, param="apply_softmax")
             texts = [value for value in (body.query, *body.items) if isinstance(value, str)]
             scored = await self._run(call, await self._host(call, texts, self._raw_job, body))
             scores = {"scores": softmax(scored.logits).tolist()}
@@ -146,13 +150,15 @@ class Service:
     async def embeddings(self, call: Call) -> Reply:
         """`/v1/embeddings` (OpenAI, Voyage), `/v2/embed` (Cohere), `/embed` (TEI)."""
         kind = embed_kind(call.request.url.path)
-        check_count(call.body, kind.items_key, self.limits.max_items)
+        key = kind.items_key
+        check_count(call.body, key, self.limits.max_items)
+        check_no_token_ids(call.body, key)
         body: AnyEmbedBody = call.validated(kind)
         self._check_model(body.model)
         texts = body.texts
         if empty := [index for index, text in enumerate(texts) if not text.strip()]:
-            key = kind.items_key
-            raise RequestError(400, f"{key}.{empty[0]} is empty; give some text", param=key)
+            place = key if isinstance(call.body[key], str) else f"{key}.{empty[0]}"
+            raise RequestError(400, f"{place} is empty; give some text", code="empty_input", param=place)
         width = self.engine.bundle.encoder.embed_dim
         if body.dimensions not in (None, width):
             raise RequestError(400, f"dimensions must be {width}, the encoder's width", param="dimensions")
@@ -232,9 +238,12 @@ class Service:
     def _check_query(self, query: str) -> None:
         """Refuses what cannot fit before it is tokenised."""
         ranker = self.engine.bundle.ranker
-        most = ranker.prompt.max_shared_tokens * ranker.tokenizer.max_token_chars
-        if len(query) > most:
-            raise InputError(f"query has {len(query)} characters, at most {most} can fit; shorten it")
+        tokens = ranker.prompt.max_shared_tokens
+        if len(query) > tokens * ranker.tokenizer.max_token_chars:
+            message = (
+                f"query has {len(query)} characters; with the prompt at most {tokens} tokens fit: shorten it"
+            )
+            raise RequestError(400, message, param="query")
 
     def _check_tokens(self, tokens: int) -> None:
         limit = self.limits.max_request_tokens
@@ -270,7 +279,8 @@ class Service:
         return await self._run(call, job), truncated
 
     def _text_job(self, query: str, texts: Sequence[str]) -> tuple[Job, list[bool]]:
-        prompt = self.engine.bundle.ranker.request(query, texts)
+        with blaming("query"):  # documents are cut, the query is not
+            prompt = self.engine.bundle.ranker.request(query, texts)
         return self._score_job(ScoreRequest(prompt.prefix, prompt.items)), prompt.truncated
 
     def _score_job(self, request: ScoreRequest) -> Job:

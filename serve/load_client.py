@@ -5,6 +5,7 @@ What is sent when, and what that shows, is `loadtest`'s.
 
 import dataclasses
 import json
+import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -54,10 +55,13 @@ own items and ranks as many of them."""
 class ServerMetrics:
     """What a server has counted since it started; what it does not say is None or empty.
 
-    `launches` are {padded tokens of a launch: (launches, their seconds)}.
+    `launches` are {padded tokens of a launch: (launches, their seconds)} of those that ended; `running_seconds` had the
+    one that runs so far. `read` is the reading's moment, on `time.perf_counter`, known to half of a round trip.
     """
 
     launches: Mapping[int, tuple[float, float]]
+    running_seconds: float
+    read: float
     memory_bytes: float | None
     recompiles: float | None
 
@@ -70,9 +74,21 @@ class ServerMetrics:
                 found[tokens] = (count - old_count, seconds - old_seconds)
         return found
 
+    def busy_share_since(self, earlier: "ServerMetrics") -> float | None:
+        """The device's share of the time between two readings, 1 at most; None where no launch ended.
 
-def parse_metrics(text: str) -> ServerMetrics:
-    """Reads Prometheus' text format. Raises: ValueError when it is something else."""
+        Of a launch that was running at a reading each side has its part.
+        """
+        if not (launches := self.launches_since(earlier)):
+            return None
+        seconds = (
+            sum(spent for _, spent in launches.values()) + self.running_seconds - earlier.running_seconds
+        )
+        return min(seconds / (self.read - earlier.read), 1.0)
+
+
+def parse_metrics(text: str, *, read: float = 0.0) -> ServerMetrics:
+    """Reads Prometheus' text format, which the server wrote at `read`. Raises: ValueError when it is something else."""
     values: dict[str, float] = {}
     counts: dict[int, float] = {}
     seconds: dict[int, float] = {}
@@ -86,6 +102,8 @@ def parse_metrics(text: str) -> ServerMetrics:
                 values[sample.name] = sample.value
     return ServerMetrics(
         launches={tokens: (count, seconds[tokens]) for tokens, count in counts.items()},
+        running_seconds=values.get("batch_running_seconds", 0.0),
+        read=read,
         memory_bytes=values.get("process_resident_memory_bytes"),
         recompiles=values.get("recompiles_total"),
     )
@@ -189,10 +207,12 @@ class Target:
 
     async def metrics(self) -> ServerMetrics:
         """What `/metrics` says now; nothing when the server has none."""
-        nothing = ServerMetrics({}, None, None)
+        begun = time.perf_counter()
+        nothing = parse_metrics("", read=begun)
         try:
             reply = await self._client.get("/metrics")
-            return parse_metrics(reply.text) if reply.is_success else nothing
+            read = (begun + time.perf_counter()) / 2
+            return parse_metrics(reply.text, read=read) if reply.is_success else nothing
         except (httpx.HTTPError, ValueError):
             return nothing
 
@@ -216,10 +236,13 @@ def read_texts(path: str) -> list[str]:
 
     Raises: InputError for a file that cannot be read or a line that is not such an object, with its number.
     """
+    hint = 'give --texts a file of texts, a line each, or .jsonl with "text"'
     try:
         lines = Path(path).read_text(encoding="utf-8").split("\n")
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"cannot read {path} ({error})") from None
+    except OSError as error:
+        raise InputError(f"cannot read {path} ({error.strerror}); {hint}") from None
+    except UnicodeDecodeError:
+        raise InputError(f"cannot read {path} (not UTF-8); {hint}") from None
     if not path.endswith(".jsonl"):
         return lines
     texts = []

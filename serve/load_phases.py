@@ -47,8 +47,8 @@ class Phase:
     """One phase: its requests, and what was seen around it.
 
     `client_cpu_share` is of one core, `memory_bytes` are readings over the phase; `device_busy_share` and `recompiles`
-    are None where the server does not say. `launches` are {padded tokens: (launches, their seconds)}; one counts where
-    it ends, so a phase of few launches may be busy for more than its time.
+    are None where the server does not say. `launches` are {padded tokens: (launches, their seconds)} of those that
+    ended in the phase, also where they began before it.
     """
 
     name: str
@@ -198,14 +198,13 @@ class LoadTest:
             samples = await run
         wall, cpu = time.perf_counter() - begun, time.process_time() - cpu
         after = await self.target.metrics()
-        launches = after.launches_since(before)
         return Phase(
             name=name,
             samples=samples,
             summary=self._summary(samples),
             client_cpu_share=cpu / wall,
-            launches=launches,
-            device_busy_share=sum(spent for _, spent in launches.values()) / wall if launches else None,
+            launches=after.launches_since(before),
+            device_busy_share=after.busy_share_since(before),
             memory_bytes=memory,
             recompiles=_difference(after.recompiles, before.recompiles),
         )

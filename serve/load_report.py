@@ -68,8 +68,16 @@ class Report:
 
     def lines(self) -> list[str]:
         """The findings that no table has, a sentence each, and the checks."""
+        unpromised = (
+            "the server promises no service level: at overload an answer waits as long as the queue is"
+        )
         return [
             f"SLO: p99 within {1000 * self.slo_seconds:.1f} ms; capacity {self.capacity:.1f} items/s",
+            *(
+                []
+                if self.server.get("slo_ms")
+                else [f"{unpromised}; start it with --slo-ms to have one kept"]
+            ),
             *(f"{FINDINGS[name]}: {_told(value)}" for name, value in self.findings.items()),
             *(
                 f"{'ok' if check.is_passed else 'FAILED'}: {check.name} ({check.told})"
@@ -149,7 +157,7 @@ def _told(value: Any) -> str:
     if value is None:
         return "not said"
     if isinstance(value, Mapping):
-        return ", ".join(f"{name} {_told(part)}" for name, part in value.items())
+        return ", ".join(f"{name} {_told(part)}" for name, part in value.items() if part is not None)
     return f"{value:.3g}" if isinstance(value, float) else str(value)
 
 

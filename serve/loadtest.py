@@ -33,6 +33,9 @@ WARM_UP_REQUESTS = 3
 MAX_CLIENT_CPU = 0.8
 """Share of one core above which the client may be what is measured."""
 
+SERVER = ("name", "model_revision", "lattice", "limits", "slo_ms")
+"""What of `/info` the report keeps."""
+
 
 def _told_statuses(statuses: Mapping[int, int]) -> str:
     counts = (f"{count} x {status or 'no reply'}" for status, count in sorted(statuses.items()))
@@ -131,7 +134,7 @@ async def measure(options: argparse.Namespace, progress: rich.progress.Progress)
         url=options.url,
         date=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         settings={name: value for name, value in vars(options).items() if name not in ("url", "out")},
-        server={name: info[name] for name in ("name", "model_revision", "lattice", "limits") if name in info},
+        server={name: info[name] for name in SERVER if name in info},
         slo_seconds=test.slo_seconds,
         capacity=capacity,
         phases=phases,

@@ -26,7 +26,7 @@ from jaxsearch.errors import InputError
 from serve.engine import Engine
 from serve.handlers import Limits
 from serve.plan import LengthLog, load_lattice
-from serve.programs import load_programs, saved_programs
+from serve.programs import Misses, load_programs, saved_programs
 from serve.protocol import MAX_BODY_BYTES, MAX_ITEMS, number_above, read_milliseconds
 from serve.routes import create_app
 from serve.telemetry import Telemetry
@@ -120,8 +120,12 @@ def _listen(host: str, port: int) -> socket.socket:
         ) from None
 
 
-def _make_engine(options: argparse.Namespace) -> Engine:
+def _make_engine(options: argparse.Namespace, console: rich.console.Console) -> Engine:
     """Raises: InputError when the bundle cannot be loaded."""
+    if options.kernel and jax.default_backend() == "cpu":
+        console.print(
+            "warning: on a CPU --kernel is interpreted, which is slow: leave it out", soft_wrap=True
+        )
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
     dtype = options.dtype or ("float32" if jax.default_backend() == "cpu" else "bfloat16")
     bundle = load_bundle(options.bundle, dtype=dtype)
@@ -154,7 +158,7 @@ def save_programs(options: argparse.Namespace, console: rich.console.Console) ->
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     with saved_programs(options.bundle) as folder:
         _use_cache(folder)
-        engine = _make_engine(options)
+        engine = _make_engine(options, console)
         try:
             engine.prepare()
         except Exception:  # whatever it is, it is told in one line
@@ -162,6 +166,18 @@ def save_programs(options: argparse.Namespace, console: rich.console.Console) ->
         finally:
             engine.close()
     console.print("programs for these options on machines like this one are in the bundle's folder")
+
+
+def _take_programs(bundle: str, cache: Path, console: rich.console.Console) -> bool:
+    """Copies the bundle's programs to the cache, whatever options they are of; whether there are any."""
+    try:
+        count = load_programs(bundle, cache)
+    except InputError as error:
+        console.print(f"warning: {error}; compiling instead", soft_wrap=True, markup=False)
+        return False
+    told = f"{count} files of compiled programs for machines like this one are in the bundle's folder"
+    console.print(told, soft_wrap=True)
+    return True
 
 
 def serve(options: argparse.Namespace, console: rich.console.Console) -> None:
@@ -172,26 +188,24 @@ def serve(options: argparse.Namespace, console: rich.console.Console) -> None:
     listener = _listen(options.host, options.port)
     cache = cache_dir() / "xla"
     _use_cache(cache)
-    engine = _make_engine(options)
-    if options.use_programs:
-        try:
-            console.print(
-                f"{load_programs(options.bundle, cache)} compiled programs come from the bundle's folder"
-            )
-        except InputError as error:
-            console.print(f"warning: {error}; compiling instead", soft_wrap=True, markup=False)
+    engine = _make_engine(options, console)
+    has_programs = options.use_programs and _take_programs(options.bundle, cache, console)
     address = f"http://{options.host}:{listener.getsockname()[1]}"
 
     def on_prepared() -> None:
+        misses.close()
         if engine.failure is not None:
             server.should_exit = True
-        else:
-            console.print(
-                f"ready after {engine.ready_seconds:.1f} s with {engine.num_programs} programs: {address}",
-                soft_wrap=True,
-            )
+            return
+        programs = f"{engine.num_programs} programs, {misses.count} of them compiled now"
+        console.print(f"ready after {engine.ready_seconds:.1f} s with {programs}: {address}", soft_wrap=True)
+        if has_programs and misses.count:
+            told = "what the bundle's folder has is of other options or another version"
+            told = f"warning: {told}: {misses.count} compiled; save them too with --save-programs"
+            console.print(told, soft_wrap=True)
 
     app = create_app(engine, Limits(options.max_items, options.max_body_bytes), on_prepared=on_prepared)
+    misses = Misses()  # of what is compiled from here on: the server's programs
     config = uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=SHUTDOWN_SECONDS)
     server = _Server(config, engine)
     console.print(f"{engine.bundle.name} on {address}, compiling ...", soft_wrap=True)

@@ -37,6 +37,6 @@ class _WebFiles(StaticFiles):
 
 
 def _add_page(app: FastAPI, path: str, file: Path) -> None:
-    @app.get(path, include_in_schema=False)
+    @app.api_route(path, methods=["GET", "HEAD"], include_in_schema=False)
     async def page() -> FileResponse:
         return FileResponse(file, headers=HEADERS)

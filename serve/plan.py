@@ -28,6 +28,7 @@ from jaxsearch.files import read_object, write_json
 from jaxsearch.scoring.packing import Launch, ScoreRequest, Shapes, longest_first
 
 NUM_PROGRAMS = 10
+RECORD = "record it with --record-lengths of serve.main"
 log = logging.getLogger("jaxsearch.serve")
 
 
@@ -39,13 +40,14 @@ class Lengths(NamedTuple):
 
 
 class LengthLog:
-    """Appends the lengths of requests to a file, a line each, until that fails.
+    """Appends the lengths of requests to a file, a line each, until that fails; missing folders are made.
 
     Raises: InputError when the file cannot be written to at first.
     """
 
     def __init__(self, path: str | Path) -> None:
         try:
+            Path(path).parent.mkdir(parents=True, exist_ok=True)
             self._file = Path(path).open("a", encoding="utf-8", buffering=1)  # noqa: SIM115
         except OSError as error:
             raise InputError(f"cannot write {path} ({error.strerror}); choose another file") from None
@@ -74,8 +76,10 @@ def read_lengths(path: str | Path) -> list[Lengths]:
     """
     try:
         lines = Path(path).read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"cannot read {path} ({error}); record it with --record-lengths") from None
+    except OSError as error:
+        raise InputError(f"cannot read {path} ({error.strerror}); {RECORD}") from None
+    except UnicodeDecodeError:
+        raise InputError(f"cannot read {path} (not UTF-8); {RECORD}") from None
     found, wrong = [], []
     for number, line in enumerate(lines, start=1):
         try:
@@ -89,8 +93,9 @@ def read_lengths(path: str | Path) -> list[Lengths]:
         except (ValueError, KeyError, TypeError):
             wrong.append(str(number))
     if wrong or not found:
-        what = f"lines {', '.join(wrong[:10])} are not lengths" if wrong else "it is empty"
-        raise InputError(f"{path}: {what}; record it with --record-lengths of serve.main")
+        what = f"these lines are not lengths: {', '.join(wrong[:10])}" if wrong else "it is empty"
+        more = f" and {len(wrong) - 10} more" if len(wrong) > 10 else ""
+        raise InputError(f"{path}: {what}{more}; {RECORD}")
     return found
 
 
@@ -132,8 +137,12 @@ def padding(fills: Sequence[int], lattice: Lattice) -> float:
 
 
 def load_lattice(path: str | Path, lattice: Lattice) -> Lattice:
-    """A planned lattice for a bundle with `lattice`. Raises: InputError when it takes other prompts."""
-    planned = Lattice.from_json(read_object(path, hint="make one with python -m serve.plan"))
+    """A planned lattice for a bundle with `lattice`. Raises: InputError when it is none, or takes other prompts."""
+    value = read_object(path, hint="make one with python -m serve.plan")
+    try:
+        planned = Lattice.from_json(value)
+    except InputError as error:
+        raise InputError(f"{path}: {error}") from None
     for name in ("max_prefix_tokens", "max_item_tokens"):
         if getattr(planned, name) != getattr(lattice, name):
             raise InputError(
@@ -166,8 +175,11 @@ def main() -> None:
         requests = read_lengths(options.lengths)
         fills = launch_fills(requests, lattice)
         planned = fit(fills, lattice, num_programs=options.programs)
-        write_json(Path(options.out), planned.to_json())
-    except (InputError, OSError) as error:
+        try:
+            write_json(options.out, planned.to_json())
+        except OSError as error:
+            raise InputError(f"cannot write {options.out} ({error.strerror}); choose another --out") from None
+    except InputError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
     table = rich.table.Table("lattice", "sizes", "padding", title=f"{len(requests)} requests, each alone")

@@ -11,12 +11,14 @@ import importlib.metadata
 import os
 import platform
 import shutil
+import threading
 import uuid
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import jax
+import jax.monitoring
 
 from jaxsearch.bundle import PROGRAMS
 from jaxsearch.errors import InputError
@@ -25,6 +27,30 @@ from jaxsearch.files import read_object, replace_folder, sha256_hex, write_json
 LISTED = "programs.json"
 ENTRY = "-cache"
 """How the names of the cache's entries end."""
+
+
+CACHE_EVENTS = {
+    "/jax/compilation_cache/compile_requests_use_cache": 1,
+    "/jax/compilation_cache/cache_hits": -1,
+}
+"""What `jax.monitoring` says of each program that is asked of the cache, and of each that it had."""
+
+
+class Misses:
+    """How many programs had to be compiled since this was made, as the compilation cache did not have them."""
+
+    def __init__(self) -> None:
+        self.count = 0
+        self._lock = threading.Lock()
+        jax.monitoring.register_event_listener(self._on_event)
+
+    def close(self) -> None:
+        """Stops listening; the count stays readable."""
+        jax.monitoring.unregister_event_listener(self._on_event)
+
+    def _on_event(self, event: str, **_: str | int) -> None:
+        with self._lock:
+            self.count += CACHE_EVENTS.get(event, 0)
 
 
 def machine_name() -> str:
@@ -51,7 +77,9 @@ def _instruction_sets() -> str:
 
 
 def load_programs(bundle: str | Path, cache: Path) -> int:
-    """Copies the bundle's programs for this machine into the compilation cache; how many there are.
+    """Copies the bundle's programs for this machine into the compilation cache; how many files that were.
+
+    Programs with the same text, as searches with and without filters are for one query, share a file.
 
     Raises: InputError when there are none for it, one is damaged, or they cannot be copied.
     """

@@ -4,9 +4,10 @@ Bodies are read as JSON by `parse`, checked by a model of this module, and what 
 warnings. Nothing here touches the engine.
 """
 
+import contextlib
 import difflib
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Annotated, Any, ClassVar, Literal, TypeVar
 
 import orjson
@@ -14,6 +15,7 @@ import pydantic
 from pydantic import ConfigDict, Field
 
 from jaxsearch.errors import InputError
+from serve.complaints import complaints
 
 MAX_ITEMS = 1000
 MAX_BODY_BYTES = 32 * 2**20
@@ -41,6 +43,15 @@ class RequestError(Exception):
         self.code = code
         self.param = param
         self.retry_after_seconds = retry_after_seconds
+
+
+@contextlib.contextmanager
+def blaming(param: str) -> Iterator[None]:
+    """An InputError of the body names the field that is wrong."""
+    try:
+        yield
+    except InputError as error:
+        raise RequestError(400, str(error), param=param) from None
 
 
 class Body(pydantic.BaseModel):
@@ -71,7 +82,14 @@ class PairsBody(Body):
     model: str | None = None
 
 
-class RetrieveOptions(Body):
+class OurBody(Body):
+    """Fields that it does not know are refused, by `validate`."""
+
+    model_config = ConfigDict(json_schema_extra={"additionalProperties": False})
+    is_ours: ClassVar[bool] = True
+
+
+class RetrieveOptions(OurBody):
     """Where candidates come from."""
 
     sources: list[Literal["embedding", "bm25"]] = ["embedding", "bm25"]
@@ -80,7 +98,7 @@ class RetrieveOptions(Body):
     """Candidates of each source, and of all together."""
 
 
-class RankOptions(Body):
+class RankOptions(OurBody):
     """What orders them."""
 
     depth: Annotated[int, Field(ge=0, le=MAX_DEPTH)] = 20
@@ -89,10 +107,9 @@ class RankOptions(Body):
     objective: dict[str, float] = {"relevance": 1.0}
 
 
-class SearchBody(Body):
+class SearchBody(OurBody):
     """`/v1/search`, ours: retrieve, then rank."""
 
-    is_ours: ClassVar[bool] = True
     query: Text
     vertical: str | None = None
     """Refused when the server has another one."""
@@ -154,6 +171,13 @@ def number_above(least: float, kind: Callable[[str], Any]) -> Callable[[str], An
     return number
 
 
+def check_no_token_ids(body: dict[str, Any], key: str) -> None:
+    """Raises: RequestError 400 for texts that come as OpenAI's clients may send them, as one or more lists of ids."""
+    value = body.get(key)
+    if isinstance(value, list) and value and all(type(entry) in (int, list) for entry in value):
+        raise RequestError(400, f"{key}: token ids are not taken; send texts", param=key)
+
+
 def check_count(body: dict[str, Any], key: str, limit: int) -> None:
     """Refuses too long a list before its entries are looked at.
 
@@ -176,10 +200,14 @@ def validate(
     or the body is our own.
     """
     given = {key: value for key, value in body.items() if value is not None}
+    for key in ("query", "text_1", "text_2"):
+        if key in kind.model_fields and isinstance(text := given.get(key), str) and not text.strip():
+            raise RequestError(400, f"{key} is empty; give some text", code="empty_input", param=key)
     try:
         typed = kind.model_validate(given)
     except pydantic.ValidationError as error:
-        raise _as_request_error(error) from None
+        told, place = complaints(error.errors(include_url=False, include_input=False, include_context=False))
+        raise RequestError(400, told, param=place) from None
     unknown = _unknown_fields(typed)
     if unknown and (is_strict or kind.is_ours):
         name, siblings = next(iter(unknown.items()))
@@ -187,10 +215,56 @@ def validate(
         hint = f"did you mean {near[0]}?" if near else f"known: {', '.join(siblings)}"
         message = f"unknown fields: {', '.join(unknown)}; {hint}"
         raise RequestError(400, message, code="unknown_field", param=name)
-    query = body.get("query")
-    if isinstance(query, str) and not query.strip():
-        raise RequestError(400, "query is empty; give some text", code="empty_input", param="query")
     return typed, [f"unknown field {name!r} was ignored" for name in unknown]
+
+
+class RelevanceScore(pydantic.BaseModel):
+    raw: float
+    """Yes minus no in logits; 0 is undecided."""
+    calibrated: float | None
+    """A probability; null where the bundle has no calibration."""
+
+
+class SearchResult(pydantic.BaseModel):
+    """One document."""
+
+    model_config = ConfigDict(use_attribute_docstrings=True)
+    id: str
+    rank: int
+    """From 1, over all pages."""
+    score: float | None
+    """Calibrated down to `rank.depth`, null below it; with `rank.depth` 0 that of the fusion."""
+    scores: dict[Literal["relevance"], RelevanceScore]
+    """Empty below `rank.depth`."""
+    fields: dict[str, Any]
+    matched: list[Literal["bm25", "embedding"]]
+    """The sources that found it."""
+    truncated: bool
+    """Whether the ranker read only the beginning of its text."""
+    explain: dict[str, Any] | None = None
+    """Absent unless asked for."""
+
+
+class SearchReply(pydantic.BaseModel):
+    """What `/v1/search` answers."""
+
+    model_config = ConfigDict(use_attribute_docstrings=True)
+    results: list[SearchResult]
+    """One page."""
+    cursor: str | None
+    """For the next page; null on the last."""
+    facets: dict[str, list[dict[str, Any]]]
+    """Per field its values among the candidates with their counts, most frequent first."""
+    total: int
+    """Candidates, so results over all pages; not how many documents pass the filter."""
+    depth_used: dict[Literal["retrieve", "rank"], int]
+    starved: bool
+    """Whether a filter left fewer candidates than `retrieve.depth`."""
+    model_revision: str
+    index_revision: str
+    usage: dict[str, int]
+    timings_ms: dict[str, float]
+    warnings: list[str]
 
 
 class ErrorReply(pydantic.BaseModel):
@@ -284,23 +358,6 @@ def _unknown_fields(model: Body, prefix: str = "") -> dict[str, list[str]]:
         if isinstance(value, Body):
             unknown |= _unknown_fields(value, f"{prefix}{field}.")
     return unknown
-
-
-def _as_request_error(error: pydantic.ValidationError) -> RequestError:
-    """The first few complaints in one line, each with the place it is about."""
-    places: dict[str, str] = {}
-    for problem in error.errors(include_url=False, include_input=False, include_context=False):
-        place = ".".join(str(part) for part in problem["loc"] if not _is_union_branch(part))
-        message = problem["msg"][:1].lower() + problem["msg"][1:]
-        if message not in places.get(place, ""):
-            places[place] = f"{places[place]}, or {message}" if place in places else message
-    told = "; ".join(f"{place or 'body'}: {message}" for place, message in list(places.items())[:3])
-    return RequestError(400, told, param=next(iter(places), None))
-
-
-def _is_union_branch(part: str | int) -> bool:
-    """Pydantic puts the name of the tried type into the place; clients only know their fields."""
-    return isinstance(part, str) and (part in ("str", "int", "DocumentObject") or "[" in part)
 
 
 def to_json(value: Any) -> bytes:

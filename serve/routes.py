@@ -21,6 +21,7 @@ from fastapi.responses import PlainTextResponse
 from fastapi_offline import FastAPIOffline
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
+from starlette.types import Receive, Scope, Send
 
 from jaxsearch.errors import InputError
 from serve.batcher import DeadlineExceeded, QueueFull, Stopped
@@ -42,6 +43,7 @@ from serve.protocol import (
     RequestError,
     ScoreBody,
     SearchBody,
+    SearchReply,
     as_tei,
     error_body,
     error_dialect,
@@ -52,6 +54,9 @@ from serve.protocol import (
 
 LARGE_BODY_BYTES = 256 * 1024
 """Bodies above this are parsed in a thread."""
+TOO_LARGE = "body_too_large"
+DRAIN_SECONDS = 10
+"""For so long what still comes of a refused body is read."""
 STARTING_SECONDS = 5
 STOPPING = "the server is shutting down"
 MAX_REQUEST_ID = 128
@@ -77,6 +82,7 @@ async def _answer(
     request_id = request.headers.get("x-request-id", "")[:MAX_REQUEST_ID].strip() or uuid.uuid4().hex
     headers = {"x-request-id": request_id, "x-model-revision": service.engine.bundle.revision}
     body: dict[str, Any] = {}
+    response_class = Response
     try:
         _check_ready(service.engine)
         raw = await _read_body(request, service.limits.max_body_bytes)
@@ -103,6 +109,8 @@ async def _answer(
         dialect = error_dialect(path, body)
         if dialect == "tei":
             refusal = as_tei(refusal)
+        if refusal.code == TOO_LARGE:
+            response_class, headers["connection"] = _EarlyResponse, "close"
         status = refusal.status
         content = to_json(error_body(refusal, dialect=dialect, request_id=request_id))
         if refusal.retry_after_seconds is not None:
@@ -112,7 +120,7 @@ async def _answer(
         headers["connection"] = "close"
     service.engine.telemetry.requests.labels(path, str(status)).inc()
     service.engine.telemetry.request_seconds.labels(path).observe(time.perf_counter() - begun)
-    return Response(content, status, headers, media_type="application/json")
+    return response_class(content, status, headers, media_type="application/json")
 
 
 def _as_request_error(error: Exception, request_id: str) -> RequestError:
@@ -145,19 +153,34 @@ def _check_ready(engine: Engine) -> None:
 
 
 async def _read_body(request: Request, limit: int) -> bytes:
-    """The body, or 413 once it is read to its end: a client that still sends would not see the reply."""
+    """The body. Raises: RequestError 413 as soon as its header or what came of it says that it is too large."""
     chunks, size = [], 0
-    async for chunk in request.stream():
-        size += len(chunk)
-        if size <= limit:
+    declared = request.headers.get("content-length", "")
+    is_too_large = declared.isdecimal() and int(declared) > limit
+    if not is_too_large:
+        async for chunk in request.stream():
+            size += len(chunk)
+            if is_too_large := size > limit:
+                break
             chunks.append(chunk)
-        elif size > 4 * limit:
-            break
-    if size > limit:
-        declared = request.headers.get("content-length", f"over {limit}")
-        message = f"the body has {declared} bytes, at most {limit} are allowed; split the request"
-        raise RequestError(413, message, code="body_too_large")
+    if is_too_large:
+        message = f"the body has {declared or f'over {limit}'} bytes, at most {limit} are allowed; split the request"
+        raise RequestError(413, message, code=TOO_LARGE)
     return b"".join(chunks)
+
+
+class _EarlyResponse(Response):
+    """Sent before the body is read. What comes of that is dropped, for a while: a client that still sends would
+    otherwise not see the reply."""
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
+        await send({"type": "http.response.body", "body": self.body, "more_body": True})
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(DRAIN_SECONDS):
+                while (await receive()).get("more_body", False):
+                    pass
+        await send({"type": "http.response.body", "body": b""})
 
 
 def create_app(
@@ -207,11 +230,14 @@ def create_app(
             _add_post(app, service, path, handler, bodies)
     _add_gets(app, service)
     add_pages(app)
-    _describe(app, [*(body for _, _, bodies in posts for body in bodies), *ERROR_REPLIES.values()])
+    bodies = [body for _, _, bodies in posts for body in bodies]
+    _describe(app, [*bodies, SearchReply, *ERROR_REPLIES.values()])
 
     @app.exception_handler(HTTPException)
     async def refuse(request: Request, error: HTTPException) -> Response:
-        message = f"{request.method} {request.url.path}: {error.detail}"
+        allowed = (error.headers or {}).get("Allow", "")
+        told = f"not allowed, use {allowed}" if allowed else error.detail.lower()
+        message = f"{request.method} {request.url.path}: {told}; /docs lists what there is"
         code = "method_not_allowed" if error.status_code == 405 else "not_found"
         refusal = RequestError(error.status_code, message, code=code)
         dialect = error_dialect(request.url.path, {})
@@ -239,6 +265,7 @@ def _add_post(
         methods=["POST"],
         response_model=None,
         responses={
+            **({200: {"content": _json_content([SearchReply])}} if SearchBody in bodies else {}),
             "4XX": {"description": "Refused: the message says what to change", "content": refused},
             "5XX": {"description": "Not ready, too late, or a failure of the server", "content": refused},
         },
@@ -305,4 +332,5 @@ def _add_gets(app: FastAPI, service: Service) -> None:
     @app.get("/metrics", response_class=PlainTextResponse)
     async def metrics() -> Response:
         engine.telemetry.queue_tokens.set(engine.batcher.queue_tokens)
+        engine.telemetry.running_seconds.set(engine.batcher.running_seconds)
         return Response(engine.telemetry.exposition(), media_type="text/plain; version=0.0.4; charset=utf-8")

@@ -17,7 +17,6 @@ from typing import Any
 import numpy as np
 from jaxtyping import Bool
 
-from jaxsearch.errors import InputError
 from jaxsearch.retrieval import NO_DOCUMENT
 from jaxsearch.retrieval.fusion import RANK_CONSTANT, reciprocal_rank_fusion
 from jaxsearch.retrieval.lexical import Bm25Index
@@ -25,7 +24,7 @@ from jaxsearch.scoring.prefill import ScoreRequest
 from serve.batcher import Outcome
 from serve.engine import Engine, Job
 from serve.filters import Columns
-from serve.protocol import RequestError, SearchBody
+from serve.protocol import RequestError, SearchBody, blaming
 
 MAX_CURSORS = 256
 RunJob = Callable[[Job], Awaitable[Outcome]]
@@ -86,19 +85,19 @@ class Searcher:
     async def search(self, body: SearchBody, run: RunJob) -> dict[str, Any]:
         """The reply to one search.
 
-        Raises: RequestError 400, 404 or 410; InputError for what the filter or the prompt refuses; and what `run`
-        raises.
+        Raises: RequestError 400, 404 or 410, also for what the filter or the prompt refuses; and what `run` raises.
         """
         begun = time.perf_counter()
         self._check(body)
         if body.cursor is not None:
             return self._page(body, begun)
         stages: dict[str, float] = {}
-        filter_where = await self._host(self._filter_where, body)
-        for facet in body.facets:
-            self._columns.column(facet, where="facets")
-        for field in body.fields or ():
-            self._columns.column(field, where="fields")
+        with blaming("filter"):
+            filter_where = await self._host(self._filter_where, body)
+        for param, names in (("facets", body.facets), ("fields", body.fields or ())):
+            with blaming(param):
+                for name in names:
+                    self._columns.column(name, where=param)
         vectors = None
         if "embedding" in body.retrieve.sources:
             outcome = await run(self.engine.retrieve_job(body.query, filter_where))
@@ -146,13 +145,14 @@ class Searcher:
             message = f"unknown vertical {body.vertical!r}; this server has {known!r}"
             raise RequestError(404, message, code="unknown_index", param="vertical")
         if body.rank.variant != "ranker":
-            raise InputError(f"unknown rank.variant {body.rank.variant!r}; this server has 'ranker'")
+            message = f"unknown rank.variant {body.rank.variant!r}; this server has 'ranker'"
+            raise RequestError(400, message, param="rank.variant")
         if set(body.rank.objective) != {"relevance"}:
-            raise InputError(
-                f"rank.objective {sorted(body.rank.objective)}: this server has 'relevance' only"
-            )
+            message = f"rank.objective {sorted(body.rank.objective)}: this server has 'relevance' only"
+            raise RequestError(400, message, param="rank.objective")
         if not body.retrieve.sources:
-            raise InputError("retrieve.sources is empty; give 'embedding', 'bm25' or both")
+            message = "retrieve.sources is empty; give 'embedding', 'bm25' or both"
+            raise RequestError(400, message, code="empty_input", param="retrieve.sources")
 
     def _filter_where(self, body: SearchBody) -> Bool[np.ndarray, "c"] | None:
         return None if body.filter is None else self._columns.where(body.filter)
@@ -182,7 +182,8 @@ class Searcher:
         new = [position for position in positions if position not in self._items]
         documents = self.bundle.documents
         texts = [self.bundle.vertical.document_text(documents[position], ranker.view) for position in new]
-        prompt = ranker.request(query, texts)
+        with blaming("query"):  # documents are cut, the query is not
+            prompt = ranker.request(query, texts)
         for position, item, is_cut in zip(new, prompt.items, prompt.truncated, strict=True):
             if position not in self._items:
                 self._item_tokens += len(item)
@@ -252,7 +253,8 @@ class Searcher:
         """A later page of a list that was ranked before: nothing is computed again."""
         key, _, offset = (body.cursor or "").partition("-")
         if not offset.isdecimal() or len(offset) > 6:
-            raise InputError("cursor is not one that this server gave; leave it out to start again")
+            message = "cursor is not one that this server gave; leave it out to start again"
+            raise RequestError(400, message, param="cursor")
         pinned = self._pinned.get(key)
         if pinned is None or pinned.query_digest != _digest(body.query):
             message = "the cursor's list is no longer kept, or belongs to another query; search without it"

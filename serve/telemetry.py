@@ -43,6 +43,11 @@ class Telemetry:
             ["tokens"],
             registry=registry,
         )
+        self.running_seconds = Gauge(
+            "batch_running_seconds",
+            "Seconds that the launch which runs now had the device",
+            registry=registry,
+        )
         self.stage_seconds = Histogram(
             "stage_seconds", "Seconds per stage", ["stage"], buckets=STAGE_SECONDS, registry=registry
         )

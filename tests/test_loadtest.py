@@ -4,6 +4,7 @@ import json
 import math
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import numpy as np
@@ -11,8 +12,10 @@ import pytest
 
 from jaxsearch.errors import InputError
 from jaxsearch.scoring.load import Reply, Sample, poisson_arrivals, summarize
+from serve.batcher import Batcher
 from serve.load_client import parse_metrics, read_texts
 from serve.load_phases import Phase, expected_tail
+from serve.load_report import Report, write_report
 from tests.live_server import running, wait_until_ready
 from tests.tiny_bundle import write_tiny_bundle
 
@@ -94,6 +97,8 @@ def test_a_run_writes_table_samples_and_picture(report):
         assert check["is_passed"]
         assert f"ok: {check['name']} (" in text
         assert f"ok: {check['name']} (" in printed
+    assert "not said" not in text
+    assert "no service level" not in text  # the server promises one
     samples = [json.loads(line) for line in (out / "samples.jsonl").read_text().splitlines()]
     assert len(samples) == sum(phase["num_requests"] for phase in found["phases"])
     refused = [sample for sample in samples if sample["status"] == 429]
@@ -137,7 +142,7 @@ def test_texts_are_lines_or_json(tmp_path):
     plain = tmp_path / "texts.txt"
     plain.write_text("a b\nc\n")
     assert [text for text in read_texts(str(plain)) if text] == ["a b", "c"]
-    with pytest.raises(InputError, match="cannot read"):
+    with pytest.raises(InputError, match=r"none.txt \(No such file or directory\); give --texts a file"):
         read_texts(str(tmp_path / "none.txt"))
 
 
@@ -150,6 +155,63 @@ def test_metrics_of_other_servers_are_left_out():
     later = parse_metrics('batch_seconds_count{tokens="64"} 3.0\nbatch_seconds_sum{tokens="64"} 0.75\n')
     assert later.launches_since(said) == {64: (1.0, 0.25)}
     assert said.launches_since(said) == {}
+
+
+def test_a_launch_counts_in_each_phase_for_its_part():
+    counts = 'batch_seconds_count{{tokens="64"}} {}\nbatch_seconds_sum{{tokens="64"}} {}\nbatch_running_seconds {}\n'
+    before = parse_metrics(counts.format(1, 5.0, 0.75), read=10.0)
+    after = parse_metrics(counts.format(2, 6.0, 0.125), read=10.5)
+    assert after.busy_share_since(before) == pytest.approx(
+        0.75
+    )  # 0.25 s of the first launch, 0.125 s of the next
+    assert parse_metrics(counts.format(2, 6.5, 0.2), read=10.5).busy_share_since(before) == 1
+    assert after.busy_share_since(after) is None
+
+
+def test_the_server_says_how_long_the_running_launch_has_had_the_device():
+    now, has_begun, may_end = [1.0], threading.Event(), threading.Event()
+
+    class Work:
+        is_waiting = True
+
+        def join(self, *_):
+            self.is_waiting = False
+            return 5
+
+        def result(self):
+            return "done"
+
+    class Launcher:
+        open = object
+        count = staticmethod(lambda *_: None)
+
+        def run(self, *_):
+            has_begun.set()
+            assert may_end.wait(10)
+            return {}
+
+    batcher = Batcher(max_queue_tokens=9, launcher=Launcher(), clock=lambda: now[0])
+    assert batcher.running_seconds == 0
+    future = batcher.submit(Work(), 5)
+    assert has_begun.wait(10)
+    now[0] = 3.5
+    assert batcher.running_seconds == 2.5
+    may_end.set()
+    assert future.result(10).value == "done"
+    batcher.close()
+    assert batcher.running_seconds == 0
+
+
+@pytest.mark.parametrize(("slo_ms", "is_told"), [(None, True), (100.0, False)])
+def test_that_no_level_is_promised_is_said(tmp_path, slo_ms, is_told):
+    found = Report(
+        url="http://x", date="today", settings={"slo_ms": None, "items": 3}, server={"slo_ms": slo_ms},
+        slo_seconds=0.1, capacity=1.0, phases=[phase(np.zeros(1), [0.1], {})] * 5, findings={}, checks=[],
+    )  # fmt: skip
+    write_report(found, tmp_path)
+    text = (tmp_path / "loadtest.md").read_text(encoding="utf-8")
+    assert ("the server promises no service level" in text) == is_told
+    assert "today. items 3.\n" in text
 
 
 def phase(arrivals, latencies, launches, tokens=None, memory=()):

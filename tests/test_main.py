@@ -1,6 +1,7 @@
 """The life of the server process: its options, overload, SIGTERM under load, and a start that cannot be."""
 
 import concurrent.futures
+import http.client
 import re
 import signal
 import socket
@@ -77,9 +78,31 @@ def test_precision_and_attention_are_chosen_at_the_start(bundle_directory, tmp_p
             wait_until_ready(client)
             info = client.get("/info").json()
             assert (info["dtype"], info["use_kernel"]) == (dtype, use_kernel)
+            warned = (
+                "warning: on a CPU --kernel is interpreted, which is slow" in (tmp_path / "log").read_text()
+            )
+            assert warned == use_kernel
             scores[dtype] = np.array(client.post("/v1/score", json=body).json()["logits"])
     difference = np.abs(scores["float32"] - scores["bfloat16"]).max()
     assert 0 < difference < SCORE_TOLERANCE["bfloat16"]
+
+
+def test_a_body_that_is_too_large_is_refused_before_it_has_come(bundle_directory, tmp_path):
+    with running(bundle_directory, tmp_path / "log", "--max-body-bytes", "1000") as (_, client):
+        wait_until_ready(client)
+        with socket.create_connection((client.base_url.host, client.base_url.port), timeout=20) as connection:
+            head = "POST /v1/rerank HTTP/1.1\r\nhost: loopback\r\ncontent-length: 99999999999\r\n\r\n{}"
+            connection.sendall(head.encode())
+            with http.client.HTTPResponse(connection) as reply:
+                reply.begin()
+                assert reply.status == 413
+                assert b"the body has 99999999999 bytes, at most 1000 are allowed" in reply.read()
+        large = b" " * 10_000_000  # these are sent whole before the reply is read
+        chunks = (large[:1_000_000] for _ in range(10))
+        for content, told in ((large, "has 10000000 bytes"), (chunks, "has over 1000 bytes")):
+            refused = client.post("/v1/rerank", content=content)
+            assert (refused.status_code, told in refused.json()["message"]) == (413, True)
+        assert client.post("/v1/rerank", json={"query": "a", "documents": ["b"]}).status_code == 200
 
 
 @pytest.fixture

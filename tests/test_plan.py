@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import re
 import subprocess
 import sys
 
@@ -43,15 +44,17 @@ def test_a_full_disk_ends_the_record_and_nothing_else(caplog):
         (
             '{"prefix": 1, "items": [2]}\nnonsense\n{"prefix": 1}\n{"prefix": 0, "items": [1]}\n'
             '{"prefix": 1, "items": []}',
-            "lines 2, 3, 4, 5 are not",
+            "these lines are not lengths: 2, 3, 4, 5; record it",
         ),
+        ("nonsense\n", "these lines are not lengths: 1; record it"),
+        ("nonsense\n" * 12, "7, 8, 9, 10 and 2 more; record it"),
     ],
 )
 def test_a_file_that_holds_no_lengths_says_which_lines(tmp_path, text, message):
     (tmp_path / "lengths.jsonl").write_text(text)
     with pytest.raises(InputError, match=message):
         read_lengths(tmp_path / "lengths.jsonl")
-    with pytest.raises(InputError, match="cannot read"):
+    with pytest.raises(InputError, match=r"missing.jsonl \(No such file or directory\); record it with"):
         read_lengths(tmp_path / "missing.jsonl")
 
 
@@ -80,9 +83,23 @@ def test_a_plan_for_other_prompts_is_refused(tmp_path):
         load_lattice(tmp_path / "lattice.json", other)
 
 
+@pytest.mark.parametrize(
+    ("value", "wrong"),
+    [
+        ({}, "max_prefix_tokens is missing"),
+        ({**LATTICE.to_json(), "launches": ["many"]}, "launches must be a list of whole numbers"),
+        ({**LATTICE.to_json(), "launches": []}, "bucket sizes must be positive and at least one"),
+    ],
+)
+def test_a_file_that_is_no_plan_is_named(tmp_path, value, wrong):
+    (tmp_path / "lattice.json").write_text(json.dumps(value))
+    with pytest.raises(InputError, match=rf"lattice.json: no lattice of launch sizes: {wrong}"):
+        load_lattice(tmp_path / "lattice.json", LATTICE)
+
+
 def test_record_plan_serve(tmp_path):
     bundle = write_tiny_bundle(tmp_path)
-    lengths, planned = tmp_path / "lengths.jsonl", tmp_path / "lattice.json"
+    lengths, planned = tmp_path / "new" / "lengths.jsonl", tmp_path / "other" / "lattice.json"
     body = {"query": "bake", "documents": ["Baker", "Nurse"]}
     with running(bundle, tmp_path / "log", "--record-lengths", str(lengths)) as (_, client):
         wait_until_ready(client)
@@ -102,3 +119,5 @@ def test_record_plan_serve(tmp_path):
     wrong = subprocess.run([*command, "--programs", "0"], capture_output=True, text=True, check=False)
     assert wrong.returncode == 2
     assert wrong.stderr.splitlines() == ["error: --programs is 0; at least one is needed"]
+    wrong = subprocess.run([*command, "--out", "/proc/l.json"], capture_output=True, text=True, check=False)
+    assert re.fullmatch(r"error: cannot write /proc/l.json \(.+\); choose another --out\n", wrong.stderr)

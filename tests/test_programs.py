@@ -46,10 +46,20 @@ def test_a_server_with_programs_compiles_nothing(bundle, tmp_path, monkeypatch):
         wait_until_ready(client)
         assert client.post("/v1/rerank", json={"query": "a", "documents": ["b"]}).status_code == 200
     saved, said = entries(bundle / PROGRAMS / machine_name()), log.read_text()
-    assert f"{len(saved)} compiled programs come from the bundle's folder" in said
+    assert f"{len(saved)} files of compiled programs for machines like this one are in" in said
+    assert " programs, 0 of them compiled now: http" in said
     missed = [line for line in said.splitlines() if "COMPILATION CACHE MISS" in line]
     assert not [line for line in missed if "jit_top_k" not in line]  # which bm25s tries when it is imported
     assert said.lower().count("compilation cache hit") > 5
+
+
+def test_programs_of_other_options_are_said_and_the_rest_compiled(bundle, tmp_path):
+    copy = shutil.copytree(bundle, tmp_path / "copy")  # with a cache of its own
+    with running(copy, tmp_path / "log", *SMALL, "--use-programs", "--batch-invariant") as (_, client):
+        wait_until_ready(client)
+    said = (tmp_path / "log").read_text()
+    assert " programs, 1 of them compiled now: http" in said
+    assert "is of other options or another version: 1 compiled; save them too with --save-programs" in said
 
 
 def test_damaged_programs_are_said_and_not_used(bundle, tmp_path):

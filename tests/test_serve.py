@@ -219,6 +219,7 @@ def test_a_wrong_filter_is_400_and_names_what_is_known(server, condition, messag
     reply = server.post("/v1/search", json={"query": "work", "filter": condition})
     assert reply.status_code == 400
     assert message in reply.json()["message"]
+    assert reply.json()["param"] == "filter"
 
 
 def test_a_filter_nested_without_end_is_refused(server):
@@ -236,7 +237,7 @@ def test_facets_count_the_values_of_the_candidates(server):
     assert facets["remote"] == [{"value": False, "count": 1}, {"value": True, "count": 1}]
     assert facets["tasks"][0] == {"value": "Write code.", "count": 2}
     refused = server.post("/v1/search", json={"query": "work", "facets": ["salary"]})
-    assert refused.status_code == 400
+    assert (refused.status_code, refused.json()["param"]) == (400, "facets")
     assert "known fields: pay, remote, tasks, title" in refused.json()["message"]
 
 
@@ -293,6 +294,13 @@ def test_a_wrong_request_gets_its_status_and_the_server_lives_on(server, path, b
     assert server.get("/ready").status_code == 200
 
 
+def test_a_query_that_does_not_fit_is_blamed(server):
+    for path, more in (("/v1/search", {}), ("/v1/rerank", {"documents": ["b"]})):
+        for query in ("q" * 300, LONG):
+            reply = server.post(path, json={"query": query, **more})
+            assert (reply.status_code, reply.json()["param"]) == (400, "query")
+
+
 def test_a_document_of_ten_megabytes_is_cut_and_scored(server):
     reply = server.post("/v1/rerank", json={"query": "a", "documents": [LONG, "short"]})
     assert reply.status_code == 200, reply.text[:500]
@@ -308,6 +316,9 @@ def test_unknown_paths_and_methods(server):
     assert server.get("/v1/rerank").status_code == 405
     assert server.get("/v1/nothing").json()["object"] == "error"
     assert server.get("/v1/rerank").json()["code"] == "method_not_allowed"
+    assert "/v1/nothing: not found; /docs lists" in server.get("/v1/nothing").json()["message"]
+    assert "/v1/rerank: not allowed, use POST; /docs lists" in server.get("/v1/rerank").json()["message"]
+    assert (server.head("/").status_code, server.head("/").content) == (200, b"")
     assert server.get("/v1/embeddings").json()["error"]["code"] == "method_not_allowed"
     assert server.get("/embed").json()["error_type"] == "Validation"
 
@@ -316,6 +327,9 @@ def test_openapi_describes_the_bodies(server):
     described = server.get("/openapi.json").json()
     schemas = described["components"]["schemas"]
     assert schemas["SearchBody"]["properties"]["top_k"]["maximum"] == 1000
+    assert [schemas[name]["additionalProperties"] for name in ("SearchBody", "RankOptions")] == [False, False]
+    answered = described["paths"]["/v1/search"]["post"]["responses"]["200"]["content"]["application/json"]
+    assert answered["schema"]["$ref"].endswith("/SearchReply")
     for path in ("/v1/search", "/v1/rerank", "/v1/score", "/v1/embeddings"):
         schema = described["paths"][path]["post"]["requestBody"]["content"]["application/json"]["schema"]
         for reference in schema.get("anyOf", [schema]):
@@ -363,4 +377,5 @@ def test_two_hundred_random_requests_compile_nothing(server):
     assert metric(server, "items_scored_total") > before
     assert metric(server, "recompiles_total") == 0
     assert metric(server, "ready") == 1
+    assert metric(server, "batch_running_seconds") == 0
     assert server.get("/info").json()["num_programs"] == programs

@@ -169,7 +169,7 @@ class PromptEncoder:
             sizes = ", ".join(f"{name} {len(ids)}" for name, ids in filled.items())
             raise InputError(
                 f"the shared part of the prompt takes {len(tokens)} tokens ({sizes}), but at most "
-                f"{self.max_shared_tokens} are allowed: shorten it"
+                f"{self.max_shared_tokens} are allowed: shorten the {' or the '.join(filled)}"
             )
         return tokens
 
