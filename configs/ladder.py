@@ -2,9 +2,10 @@
 
 Command: python -m train.ladder --config configs/ladder.py --workdir work/ladder
          in the environment of `make parity` (the rungs of torch need it), or `make ladder`
-Time: 13 minutes on two CPU cores with window_seconds=40 and one pruned ranker, the rungs in bfloat16 not counted.
-Numbers: docs/results/ladder, without those rungs. The demo's ranker reads the short view, so that no rung has less
-         text. For rankers that `train.prune` made: --set pruned=work/demo/prune/model
+Time: 24 minutes on two CPU cores with window_seconds=40 and two pruned rankers.
+Numbers: docs/results/ladder, with those; they are two of the sweep's, "neurons -50 %" and the one healed for 1,280
+         steps. The demo's ranker reads the short view, so that no rung has less text. For rankers that `train.prune`
+         made: --set pruned=work/demo/prune/model
 """
 
 from train.ladder import LadderConfig
