@@ -104,9 +104,9 @@ class Columns:
         `MAX_NODES` conditions or `MAX_NESTING` levels.
         """
         budget = [MAX_NODES]
-        return self._mask(node, budget, MAX_NESTING)
+        return self._where(node, budget, MAX_NESTING)
 
-    def _mask(self, node: Any, budget: list[int], levels: int) -> Bool[np.ndarray, "c"]:
+    def _where(self, node: Any, budget: list[int], levels: int) -> Bool[np.ndarray, "c"]:
         budget[0] -= 1
         if budget[0] < 0 or levels < 0:
             raise InputError(
@@ -119,7 +119,7 @@ class Columns:
         if "not" in node:
             if len(node) != 1:
                 raise InputError(f"a filter with 'not' has no other key; got {sorted(node)}")
-            return ~self._mask(node["not"], budget, levels - 1)
+            return ~self._where(node["not"], budget, levels - 1)
         return self._condition(node)
 
     def _combined(self, node: Mapping[str, Any], budget: list[int], levels: int) -> Bool[np.ndarray, "c"]:
@@ -129,7 +129,7 @@ class Columns:
         if not isinstance(parts, list) or not parts:
             raise InputError(f"{name!r} in a filter needs a list of at least one filter, not {_told(parts)}")
         combine = np.logical_and if name == "and" else np.logical_or
-        return combine.reduce([self._mask(part, budget, levels - 1) for part in parts])
+        return combine.reduce([self._where(part, budget, levels - 1) for part in parts])
 
     def _condition(self, node: Mapping[str, Any]) -> Bool[np.ndarray, "c"]:
         if "field" not in node:

@@ -42,6 +42,7 @@ DIALECTS = {
         lambda asked: {
             "query": asked.query,
             "top_k": len(asked.items),
+            "retrieve": {"depth": len(asked.items)},
             "rank": {"depth": len(asked.items)},
             "fields": [],
         },

@@ -130,7 +130,7 @@ class LoadTest:
             raise InputError(f"{self.target.url} answered no request at saturation; lower --connections")
         return phase
 
-    async def load(self, capacity: Phase) -> tuple[Phase, Float[np.ndarray, "r"]]:
+    async def load(self, capacity: Phase) -> tuple[Phase, Float[np.ndarray, "q"]]:
         """Independent clients at a part of the capacity; also their arrivals."""
         arrivals, run = self._schedule(self.options.load_share, self.options.load_seconds, capacity)
         return await self._measure("load", self.options.load_seconds, run), arrivals
@@ -149,7 +149,7 @@ class LoadTest:
 
     def _schedule(
         self, share: float, seconds: float, capacity: Phase
-    ) -> tuple[Float[np.ndarray, "r"], Awaitable[list[Sample]]]:
+    ) -> tuple[Float[np.ndarray, "q"], Awaitable[list[Sample]]]:
         """Arrivals and what sends them; every body is made before the first one is due."""
         arrivals = poisson_arrivals(share * capacity.summary.requests_per_second, seconds, self.rng)
         bodies = [self.target.body(next(self.source)) for _ in arrivals]
@@ -222,7 +222,7 @@ class LoadTest:
 
 
 def expected_tail(
-    alone: Phase, load: Phase, arrivals: Float[np.ndarray, "r"], max_batch_tokens: int | None
+    alone: Phase, load: Phase, arrivals: Float[np.ndarray, "q"], max_batch_tokens: int | None
 ) -> float | None:
     """p99 over p50 of the load phase if the device alone made requests wait; None when the server says too little.
 
@@ -246,7 +246,7 @@ def expected_tail(
     return percentile(latencies, 99.0) / percentile(latencies, 50.0)
 
 
-def _spread_tokens(phase: Phase) -> Int[np.ndarray, "r"]:
+def _spread_tokens(phase: Phase) -> Int[np.ndarray, "q"]:
     """Tokens of each request, in the shares that the replies say, so that together they are what was launched."""
     launched = sum(tokens * count for tokens, (count, _) in phase.launches.items())
     said = [sample.reply.tokens for sample in phase.samples]

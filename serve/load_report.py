@@ -75,7 +75,7 @@ class Report:
             f"SLO: p99 within {1000 * self.slo_seconds:.1f} ms; capacity {self.capacity:.1f} items/s",
             *(
                 []
-                if self.server.get("slo_ms")
+                if self.server.get("slo_ms", True)  # other servers do not say
                 else [f"{unpromised}; start it with --slo-ms to have one kept"]
             ),
             *(f"{FINDINGS[name]}: {_told(value)}" for name, value in self.findings.items()),

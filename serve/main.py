@@ -47,12 +47,13 @@ class _Server(uvicorn.Server):
         """Whether requests were left without an answer at the end."""
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
-        if self._engine.state == "ready":
+        was_ready = self._engine.state == "ready"
+        if was_ready:
             self._engine.refuse()
             await asyncio.sleep(REFUSE_SECONDS)
         begun = time.monotonic()
         await super().shutdown(sockets)
-        self.has_given_up = time.monotonic() - begun >= SHUTDOWN_SECONDS
+        self.has_given_up = was_ready and time.monotonic() - begun >= SHUTDOWN_SECONDS
 
 
 def _parser() -> argparse.ArgumentParser:

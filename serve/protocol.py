@@ -233,7 +233,8 @@ class SearchResult(pydantic.BaseModel):
     rank: int
     """From 1, over all pages."""
     score: float | None
-    """Calibrated down to `rank.depth`, null below it; with `rank.depth` 0 that of the fusion."""
+    """Down to `rank.depth` calibrated, or the ranker's probability in a bundle without calibration; null below it; with
+    `rank.depth` 0 that of the fusion."""
     scores: dict[Literal["relevance"], RelevanceScore]
     """Empty below `rank.depth`."""
     fields: dict[str, Any]

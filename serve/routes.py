@@ -109,7 +109,7 @@ async def _answer(
         dialect = error_dialect(path, body)
         if dialect == "tei":
             refusal = as_tei(refusal)
-        if refusal.code == TOO_LARGE:
+        if refusal.code == TOO_LARGE and request.state.is_unread:
             response_class, headers["connection"] = _EarlyResponse, "close"
         status = refusal.status
         content = to_json(error_body(refusal, dialect=dialect, request_id=request_id))
@@ -153,17 +153,23 @@ def _check_ready(engine: Engine) -> None:
 
 
 async def _read_body(request: Request, limit: int) -> bytes:
-    """The body. Raises: RequestError 413 as soon as its header or what came of it says that it is too large."""
-    chunks, size = [], 0
+    """The body.
+
+    Raises: RequestError 413 as soon as its header or what came of it says that it is too large; then
+        `request.state.is_unread` says whether more comes. ClientDisconnect.
+    """
+    chunks, size, is_unread = [], 0, True
     declared = request.headers.get("content-length", "")
     is_too_large = declared.isdecimal() and int(declared) > limit
-    if not is_too_large:
-        async for chunk in request.stream():
-            size += len(chunk)
-            if is_too_large := size > limit:
-                break
-            chunks.append(chunk)
+    while is_unread and not is_too_large:
+        message = await request.receive()
+        if message["type"] == "http.disconnect":
+            raise ClientDisconnect
+        chunks.append(message.get("body", b""))
+        size += len(chunks[-1])
+        is_unread, is_too_large = message.get("more_body", False), size > limit
     if is_too_large:
+        request.state.is_unread = is_unread
         message = f"the body has {declared or f'over {limit}'} bytes, at most {limit} are allowed; split the request"
         raise RequestError(413, message, code=TOO_LARGE)
     return b"".join(chunks)

@@ -63,7 +63,7 @@ def test_fields_of_several_types_and_documents_without_text_are_told(data, tmp_p
     (tmp_path / "queries.jsonl").write_text('{"id": "q", "text": "bread", "split": "train"}\n')
     (tmp_path / "grades.jsonl").write_text('{"query_id": "q", "document_id": "1", "grade": 4}\n')
     load_data(dataclasses.replace(data, collection=str(tmp_path)), view="short")
-    why = "it cannot be filtered by until all have one type"
+    why = "no filter compares it by size and no facet counts it until all have one type"
     assert capsys.readouterr().err.splitlines() == [
         f"{tmp_path.name}: {line}"
         for line in (

@@ -132,3 +132,16 @@ def test_a_limit_of_nothing_is_refused(option):
 def start(*options):
     command = [sys.executable, "-m", "serve.main", *options]
     return subprocess.run(command, capture_output=True, text=True, check=False)
+
+
+def test_a_chunked_body_over_the_limit_is_refused_and_the_connection_lives_on(bundle_directory, tmp_path):
+    with running(bundle_directory, tmp_path / "log", "--max-body-bytes", "1000") as (_, client):
+        wait_until_ready(client)
+        with socket.create_connection((client.base_url.host, client.base_url.port), timeout=5) as connection:
+            head = b"POST /v1/rerank HTTP/1.1\r\nhost: loopback\r\ntransfer-encoding: chunked\r\n\r\n"
+            connection.sendall(head + b"7d0\r\n" + b"x" * 2000 + b"\r\n0\r\n\r\n")
+            assert connection.recv(1 << 16).startswith(b"HTTP/1.1 413")
+            connection.sendall(b"GET /health HTTP/1.1\r\nhost: loopback\r\n\r\n")
+            received = b""
+            while b"HTTP/1.1 200" not in received:
+                received += connection.recv(1 << 16) or pytest.fail("the connection was closed")

@@ -70,7 +70,7 @@ def load_data(
 
 
 def mixed_fields(collection: Collection) -> list[str]:
-    """A sentence for each field that has several types, which no filter takes: how many of each, and where."""
+    """A sentence for each field of several types, which filters compare by equality only: how many of each, where."""
     found: dict[str, dict[str, list[str]]] = {}
     for document in collection.documents.values():
         for field, value in document.fields.items():
@@ -81,8 +81,8 @@ def mixed_fields(collection: Collection) -> list[str]:
         if others:
             rare = ", ".join(f"{kind} in {len(there)} (first {there[0]})" for kind, there in others)
             lines.append(
-                f"field {field} is {usual} in {len(ids)} documents but {rare}: it cannot be filtered by until all have "
-                "one type"
+                f"field {field} is {usual} in {len(ids)} documents but {rare}: no filter compares it by size and no "
+                "facet counts it until all have one type"
             )
     return lines
 
