@@ -69,12 +69,12 @@ clean:  ## removes the environments; the cache and the work directories stay
 $(READY): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(VENV)/bin/python -m pip install -q --upgrade 'pip>=25.1'  # resumes broken downloads
-	@echo "installing into $(VENV): a minute or two"
+	@echo "installing into $(VENV)"
 	$(VENV)/bin/python -m pip install -q $(PIP_ARGS) $(PINS) -e '.[all,dev]'
 	touch $@
 
 $(PARITY_READY): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(PARITY_VENV)
-	@echo "installing into $(PARITY_VENV), torch with it: some minutes"
+	@echo "installing into $(PARITY_VENV), torch with it"
 	$(PARITY_VENV)/bin/python -m pip install -q $(PIP_ARGS) $(PINS) -e '.[all,dev,parity]'
 	touch $@

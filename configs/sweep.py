@@ -2,8 +2,7 @@ r"""How much of the demo's ranker can go: neurons, layers and both, by three met
 
 Command: python -m train.sweep --config configs/sweep.py --workdir work/sweep \
          --set prune.ranker=work/demo/ranker/model prune.retriever=work/demo/encoder/model
-Time: about seventy minutes on two CPU cores: healing 1,280 steps takes 34, measuring a point two, the rest is cutting
-      and shorter healing.
+Time: 100 minutes on two CPU cores beside other work, 128 of processor time.
 Numbers: docs/results/pruning.
 """
 

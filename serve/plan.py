@@ -25,7 +25,7 @@ from jaxsearch.buckets import LAUNCH_MULTIPLE, Buckets, Lattice
 from jaxsearch.bundle import read_lattice
 from jaxsearch.errors import InputError
 from jaxsearch.files import read_object, write_json
-from jaxsearch.scoring.packing import Launch, ScoreRequest, Shapes, longest_first
+from jaxsearch.scoring.packing import ScoreRequest, Shapes, fill_launches
 
 NUM_PROGRAMS = 10
 RECORD = "record it with --record-lengths of serve.main"
@@ -113,11 +113,7 @@ def launch_fills(requests: Iterable[Lengths], lattice: Lattice) -> list[int]:
                 f"{lattice.max_prefix_tokens} + {lattice.max_item_tokens}: it was recorded with another one"
             )
         request = ScoreRequest((0,) * lengths.prefix, [(0,) * size for size in lengths.items])
-        waiting = longest_first(request.items)
-        while waiting:
-            launch = Launch(shapes)
-            launch.add(0, request, waiting)
-            fills.append(launch.filled)
+        fills += [launch.filled for launch in fill_launches(shapes, [request])]
     return fills
 
 

@@ -62,7 +62,7 @@ class Searcher:
         ]
         self._bm25 = Bm25Index(texts, [document.id for document in self.bundle.documents])
         self._items: dict[int, tuple[list[int], bool]] = {}
-        self._item_tokens = 0
+        self._mean_item_tokens = 0.0
         self._pinned: collections.OrderedDict[str, _Pinned] = collections.OrderedDict()
 
     @property
@@ -76,11 +76,9 @@ class Searcher:
         return self._columns.described
 
     def expected_tokens(self, body: SearchBody) -> int:
-        """About what ranking will take, by the documents ranked so far: most of a search, known only at its end."""
-        if not self._items:
-            return 0
+        """About what ranking will take, by the search ranked last: most of a search, known only at its end."""
         depth = min(body.rank.depth, body.retrieve.depth, len(self.bundle.documents))
-        return depth * self._item_tokens // len(self._items)
+        return int(depth * self._mean_item_tokens)
 
     async def search(self, body: SearchBody, run: RunJob) -> dict[str, Any]:
         """The reply to one search.
@@ -185,10 +183,9 @@ class Searcher:
         with blaming("query"):  # documents are cut, the query is not
             prompt = ranker.request(query, texts)
         for position, item, is_cut in zip(new, prompt.items, prompt.truncated, strict=True):
-            if position not in self._items:
-                self._item_tokens += len(item)
             self._items[position] = (item, is_cut)
         items = [self._items[position][0] for position in positions]
+        self._mean_item_tokens = sum(map(len, items)) / len(items)
         job = self.engine.score_job(ScoreRequest(prompt.prefix, items))
         return job, {p for p in positions if self._items[p][1]}
 

@@ -5,7 +5,7 @@ Rungs are plain lists from small functions; `train.ladder` puts them in order an
 
 import dataclasses
 import functools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Literal
 
@@ -77,14 +77,14 @@ def _our_ways(folder: str, dtype: str) -> dict[str, Way]:
     return our_ways(ranker_of(folder, dtype))
 
 
-def our_way(folder: str, dtype: str, name: str) -> Way:
-    return _our_ways(folder, dtype)[name]
-
-
 @functools.cache
 def _their_ways(folder: str, dtype: str) -> dict[str, Way]:
     prompt = load_prompt(folder)
     return their_ways(Path(folder), prompt, label_ids(prompt), dtype)
+
+
+def our_way(folder: str, dtype: str, name: str) -> Way:
+    return _our_ways(folder, dtype)[name]
 
 
 def their_way(folder: str, dtype: str, name: str) -> Way:
@@ -93,21 +93,27 @@ def their_way(folder: str, dtype: str, name: str) -> Way:
 
 def torch_rungs(stage: Stage, folder: str, dtype: str) -> list[Rung]:
     """The ranker in `folder` run by torch."""
-    ranker = ranker_of(folder, dtype)
-    requests = stage.requests(ranker, ranker.view)
-    return [
-        Rung(name, "torch", functools.partial(their_way, folder, dtype, name), requests, is_same=True)
-        for name in _their_ways(folder, dtype)
-    ]
+    return _whole_rungs(stage, folder, dtype, "torch", _their_ways(folder, dtype), their_way)
 
 
 def our_rungs(stage: Stage, folder: str, dtype: str) -> list[Rung]:
     """`shared prefix` is the last one."""
+    return _whole_rungs(stage, folder, dtype, "ours", _our_ways(folder, dtype), our_way)
+
+
+def _whole_rungs(
+    stage: Stage,
+    folder: str,
+    dtype: str,
+    kind: Literal["torch", "ours"],
+    names: Iterable[str],
+    make: Callable[[str, str, str], Way],
+) -> list[Rung]:
     ranker = ranker_of(folder, dtype)
     requests = stage.requests(ranker, ranker.view)
     return [
-        Rung(name, "ours", functools.partial(our_way, folder, dtype, name), requests, is_same=True)
-        for name in _our_ways(folder, dtype)
+        Rung(name, kind, functools.partial(make, folder, dtype, name), requests, is_same=True)
+        for name in names
     ]
 
 
