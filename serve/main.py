@@ -198,12 +198,12 @@ def serve(options: argparse.Namespace, console: rich.console.Console) -> None:
         if engine.failure is not None:
             server.should_exit = True
             return
-        programs = f"{engine.num_programs} programs, {misses.count} of them compiled now"
-        console.print(f"ready after {engine.ready_seconds:.1f} s with {programs}: {address}", soft_wrap=True)
         if has_programs and misses.count:
             told = "what the bundle's folder has is of other options or another version"
             told = f"warning: {told}: {misses.count} compiled; save them too with --save-programs"
             console.print(told, soft_wrap=True)
+        programs = f"{engine.num_programs} programs, {misses.count} of them compiled now"
+        console.print(f"ready after {engine.ready_seconds:.1f} s with {programs}: {address}", soft_wrap=True)
 
     app = create_app(engine, Limits(options.max_items, options.max_body_bytes), on_prepared=on_prepared)
     misses = Misses()  # of what is compiled from here on: the server's programs

@@ -81,3 +81,12 @@ def wait_until_ready(client):
         assert int(reply.headers["retry-after"]) >= 1
         assert time.monotonic() < deadline, reply.text
         time.sleep(0.2)
+
+
+def said_when_ready(log):
+    """What the server of `running` has printed, up to "ready", which it says after it answers so."""
+    deadline = time.monotonic() + READY_SECONDS
+    while "ready after" not in (said := log.read_text()):
+        assert time.monotonic() < deadline, said
+        time.sleep(0.05)
+    return said

@@ -11,7 +11,7 @@ from jaxsearch.bundle import PROGRAMS, load_bundle
 from jaxsearch.errors import InputError
 from jaxsearch.files import sha256_hex, write_json
 from serve.programs import LISTED, load_programs, machine_name, saved_programs
-from tests.live_server import running, wait_until_ready
+from tests.live_server import running, said_when_ready, wait_until_ready
 from tests.tiny_bundle import write_tiny_bundle
 
 SMALL = ("--max-queue-tokens", "1000")
@@ -45,7 +45,8 @@ def test_a_server_with_programs_compiles_nothing(bundle, tmp_path, monkeypatch):
     with running(bundle, log, *SMALL, "--use-programs") as (_, client):
         wait_until_ready(client)
         assert client.post("/v1/rerank", json={"query": "a", "documents": ["b"]}).status_code == 200
-    saved, said = entries(bundle / PROGRAMS / machine_name()), log.read_text()
+        said = said_when_ready(log)
+    saved = entries(bundle / PROGRAMS / machine_name())
     assert f"{len(saved)} files of compiled programs for machines like this one are in" in said
     assert " programs, 0 of them compiled now: http" in said
     missed = [line for line in said.splitlines() if "COMPILATION CACHE MISS" in line]
@@ -57,7 +58,7 @@ def test_programs_of_other_options_are_said_and_the_rest_compiled(bundle, tmp_pa
     copy = shutil.copytree(bundle, tmp_path / "copy")  # with a cache of its own
     with running(copy, tmp_path / "log", *SMALL, "--use-programs", "--batch-invariant") as (_, client):
         wait_until_ready(client)
-    said = (tmp_path / "log").read_text()
+        said = said_when_ready(tmp_path / "log")
     assert " programs, 1 of them compiled now: http" in said
     assert "is of other options or another version: 1 compiled; save them too with --save-programs" in said
 
