@@ -21,6 +21,13 @@ POINTS = (
         Point(f"layers -3, neurons -50 %, {steps} steps", drop_layers=3, mlp_dim=768, heal_steps=steps)
         for steps in (320, 1280)
     ),
+    Point(
+        "layers -3, neurons -50 %, 1280 steps, hidden states",
+        drop_layers=3,
+        mlp_dim=768,
+        heal_steps=1280,
+        hidden_weight=10.0,
+    ),
 )
 
 

@@ -120,6 +120,33 @@ def binary_distillation(
     return _keep(where, jax.nn.softplus(logits) - soft_labels * logits)
 
 
+def relative_error(
+    hidden: Float[Array, "*b d"], targets: Float[Array, "*b d"], *, where: Bool[Array, "*b"] | None = None
+) -> Float[Array, "*b"]:
+    """Squared distance of hidden states from a teacher's, over the squared length of the teacher's; no unit.
+
+    Args:
+      hidden, targets: states of one width; finite. The targets get no gradient.
+      where: states that count; the others are 0, and so is one whose target is all zeros.
+
+    Returns:
+      One value >= 0 per state: 0 when both are equal, 1 for a state of zeros.
+
+    Source: Romero et al., "FitNets: Hints for Thin Deep Nets", 2015, eq. 3, without its map between widths and
+    over the length of the target.
+
+    Example: (3, 4) against (3, 0): 16 / 9.
+
+    >>> import jax.numpy as jnp
+    >>> print(f"{relative_error(jnp.array([3.0, 4.0]), jnp.array([3.0, 0.0])):.4f}")
+    1.7778
+    """
+    targets = jax.lax.stop_gradient(_fill_rows(targets, where))
+    length = jnp.sum(jnp.square(targets), axis=-1)
+    error = jnp.sum(jnp.square(_fill_rows(hidden, where) - targets), axis=-1)
+    return _keep(where, jnp.where(length > 0, error / jnp.where(length > 0, length, 1.0), 0.0))
+
+
 def info_nce(
     query_embeds: Float[Array, "q e"],
     document_embeds: Float[Array, "n e"],

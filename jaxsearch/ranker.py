@@ -8,7 +8,7 @@ import dataclasses
 import math
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -24,6 +24,13 @@ from jaxsearch.nn.layers import at_ends
 from jaxsearch.nn.transformer import Decoder
 
 LABELS = ("Yes", "No")
+
+
+class Answers(NamedTuple):
+    """What a ranker makes of a batch: hidden states of the candidates' tokens, and one logit a candidate."""
+
+    hidden: Float[Array, "b w t d"]
+    logits: Float[Array, "b q c"]
 
 
 class Ranker(nnx.Module):
@@ -42,6 +49,17 @@ class Ranker(nnx.Module):
         ends: Int[Array, "b q c"],
     ) -> Float[Array, "b q c"]:
         """Float32 logits. The arguments are those of `RankerBatch`."""
+        return self.answer(prefix_tokens, prefix_ids, item_tokens, segment_ids, ends).logits
+
+    def answer(
+        self,
+        prefix_tokens: Int[Array, "b p"],
+        prefix_ids: Int[Array, "b p"],
+        item_tokens: Int[Array, "b w t"],
+        segment_ids: Int[Array, "b w t"],
+        ends: Int[Array, "b q c"],
+    ) -> Answers:
+        """Like a call, with the hidden states, after the final norm, that the logits are read from."""
         _, prefix = self.decoder.prefill(prefix_tokens, prefix_ids > 0, segment_ids=prefix_ids)
         per_query = ends.shape[-1]
         hidden = self.decoder.attend_prefix(
@@ -52,7 +70,7 @@ class Ranker(nnx.Module):
             prefix_ids=(segment_ids + per_query - 1) // per_query,
         )
         logits = self.decoder.logits(at_ends(hidden, ends), jnp.asarray(self.label_ids, jnp.int32))
-        return logits[..., 0] - logits[..., 1]
+        return Answers(hidden, logits[..., 0] - logits[..., 1])
 
 
 @jax.tree_util.register_dataclass
@@ -86,25 +104,40 @@ class RankerLoss:
     query's candidates with that of its targets (gold where there is gold, else the teacher) divided by
     `list_temperature`. Where a ranker alone teaches, without gold, the softmax of its own logits takes their place:
     then both terms are least where the answers are the teacher's.
+
+    With `hidden_weight` such a teacher also shows its hidden states: the mean `losses.relative_error` of the
+    candidates' tokens is a fourth term. Both rankers must be of one width then.
     """
 
     teacher_weight: float = 0.5
     gold_weight: float = 0.5
     list_weight: float = 1.0
     list_temperature: float = 0.25
+    hidden_weight: float = 0.0
 
     def __post_init__(self):
         if not 0 < self.list_temperature < math.inf:
             raise InputError(f"list_temperature must be above 0, not {self.list_temperature}")
+        for name in ("teacher_weight", "gold_weight", "list_weight", "hidden_weight"):
+            if not 0 <= (weight := getattr(self, name)) < math.inf:
+                raise InputError(f"{name} must be at least 0, not {weight}")
 
-    def __call__(
-        self, ranker: Ranker, batch: RankerBatch, teacher_logits: Float[Array, "b q c"] | None = None
-    ):
-        logits = ranker(
+    def __call__(self, ranker: Ranker, batch: RankerBatch, teacher: Answers | None = None):
+        """Σ over queries, their number, metrics. `teacher` is what a ranker that teaches makes of the same batch."""
+        hidden, logits = ranker.answer(
             batch.prefix_tokens, batch.prefix_ids, batch.item_tokens, batch.segment_ids, batch.ends
         )
-        total, count, metrics = self.of_logits(logits, batch, teacher_logits)
-        return total, count, metrics | losses.token_counts(batch.prefix_ids > 0, batch.segment_ids > 0)
+        total, count, metrics = self.of_logits(logits, batch, None if teacher is None else teacher.logits)
+        is_token = batch.segment_ids > 0
+        if self.hidden_weight > 0:
+            assert teacher is not None, "hidden_weight needs a ranker as teacher"
+            errors = losses.relative_error(hidden, teacher.hidden, where=is_token)
+            per_group = errors.sum(axis=(-2, -1)) / jnp.maximum(
+                is_token.sum(axis=(-2, -1), dtype=jnp.float32), 1.0
+            )
+            total += self.hidden_weight * logits.shape[1] * per_group.sum()
+            metrics["hidden"] = per_group.mean()
+        return total, count, metrics | losses.token_counts(batch.prefix_ids > 0, is_token)
 
     def of_logits(
         self,

@@ -10,7 +10,7 @@ import pytest
 
 from jaxsearch.errors import InputError
 from jaxsearch.nn.pruning import Search
-from jaxsearch.ranker import load_ranker
+from jaxsearch.ranker import Answers, load_ranker
 from jaxsearch.scoring.prefill import ScoreRequest
 from tests.tiny_bundle import write_parts
 from tests.tiny_collection import write_collection
@@ -161,7 +161,8 @@ def test_a_ranker_teaches_what_it_would_answer(world):
     labelled = dataclasses.replace(batch, teacher=stored.reshape(batch.teacher.shape))
     answers = jnp.asarray(stored_logits.reshape(batch.teacher.shape))
     batch, labelled = jax.tree.map(jnp.asarray, (batch, labelled))
-    expected = config.loss(student.ranker, labelled, answers)[0]
+    unseen = jnp.full((*batch.item_tokens.shape, 1), jnp.nan)  # without hidden_weight nothing reads them
+    expected = config.loss(student.ranker, labelled, Answers(unseen, answers))[0]
     assert float(loss(model, batch)[0]) == pytest.approx(float(expected), rel=1e-5)
 
     def slope(student_logits):
@@ -169,6 +170,17 @@ def test_a_ranker_teaches_what_it_would_answer(world):
 
     assert jnp.abs(slope(answers)).max() < 1e-6  # measured 3.7e-8
     assert jnp.abs(slope(1.5 * answers)).max() > 1e-4
+
+
+def test_a_teachers_hidden_states_heal_a_cut_whose_answers_are_not_compared(world, tmp_path):
+    prune.main(prune_config(world), tmp_path / "prune")
+    folder = tmp_path / "prune" / "model"
+    loss = ranker_trainer.RankerLoss(teacher_weight=0.0, gold_weight=0.0, list_weight=0.0, hidden_weight=1.0)
+    ranker_trainer.main(heal_config(world, folder, loss=loss), tmp_path / "heal")
+    lines = (tmp_path / "heal" / "metrics.jsonl").read_text().splitlines()
+    errors = [record["hidden"] for record in map(json.loads, lines) if "hidden" in record]
+    assert errors[-1] < 0.5 * errors[0]
+    assert divergence(world, tmp_path / "heal" / "model") < 0.8 * divergence(world, folder)
 
 
 def test_what_makes_no_sense_is_refused(world, tmp_path):
@@ -186,6 +198,9 @@ def test_what_makes_no_sense_is_refused(world, tmp_path):
         prune.main(prune_config(world, drop_layers=2), tmp_path / "empty")
     with pytest.raises(InputError, match="set max_shared_tokens, max_item_tokens and view"):
         ranker_trainer.main(heal_config(world, world["ranker"], max_item_tokens=60), tmp_path / "heal")
+    states = ranker_trainer.RankerLoss(gold_weight=0.0, hidden_weight=1.0)
+    with pytest.raises(InputError, match="hidden_weight needs another ranker as teacher"):
+        ranker_trainer.main(heal_config(world, world["ranker"], teacher="", loss=states), tmp_path / "states")
 
 
 def test_a_sweep_measures_every_point_beside_the_whole_and_goes_on(world, tmp_path, capsys):
@@ -193,7 +208,7 @@ def test_a_sweep_measures_every_point_beside_the_whole_and_goes_on(world, tmp_pa
         sweep.Point("neurons", mlp_dim=10),
         sweep.Point("by magnitude", mlp_dim=10, method="magnitude"),
         sweep.Point("layer, healed", drop_layers=1, heal_steps=2),
-        sweep.Point("layer, healed longer", drop_layers=1, heal_steps=3),
+        sweep.Point("layer, healed longer", drop_layers=1, heal_steps=3, hidden_weight=2.0),
     )
     cut = prune_config(world, drop_layers=0, mlp_dim=0, num_heads=0)
     heal = heal_config(world, "", loop=LoopConfig(num_steps=9))
@@ -206,6 +221,9 @@ def test_a_sweep_measures_every_point_beside_the_whole_and_goes_on(world, tmp_pa
     assert [row["layers"] for row in rows.values()] == [2, 2, 2, 1, 1]
     assert [row["mlp_dim"] for row in rows.values()] == [24, 10, 10, 24, 24]
     assert [row["heal_steps"] for row in rows.values()] == [0, 0, 0, 2, 3]
+    assert [row["hidden_weight"] for row in rows.values()] == [0, 0, 0, 0, 2]
+    (shown,) = (tmp_path / "points" / "osscar-1-0-0-0").glob("healed-3-*/metrics.jsonl")
+    assert "hidden" in json.loads(shown.read_text().splitlines()[0])
     assert rows["whole"]["difference"] == [0.0] * 3
     assert rows["whole"]["weights"] == rows["whole"]["speed"]["median"] == 1.0
     assert rows["neurons"]["weights"] < 0.8

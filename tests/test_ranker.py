@@ -97,6 +97,23 @@ def test_every_weight_weighs_its_own_term():
     np.testing.assert_allclose(both, expected, rtol=1e-6)  # measured maximum 1.0e-7 over 60 seeds
 
 
+def test_hidden_states_are_compared_at_the_tokens_that_are_there():
+    student, batch = Ranker(make(LLAMA), label_ids=LABEL_IDS), random_batch()
+    teacher = Ranker(make(LLAMA, seed=1), label_ids=LABEL_IDS)
+    read = (batch.prefix_tokens, batch.prefix_ids, batch.item_tokens, batch.segment_ids, batch.ends)
+    own, shown = student.answer(*read), teacher.answer(*read)
+    weights = {"teacher_weight": 0.0, "gold_weight": 0.0, "list_weight": 0.0}
+    loss = RankerLoss(**weights, hidden_weight=3.0)
+    assert float(loss(student, batch, own)[0]) == 0.0
+    is_token = np.asarray(batch.segment_ids) > 0
+    ours, theirs = (np.float64(answers.hidden)[is_token] for answers in (own, shown))
+    error = (((ours - theirs) ** 2).sum(-1) / (theirs**2).sum(-1)).mean()
+    padding = jnp.where(batch.segment_ids[..., None] > 0, shown.hidden, jnp.nan)
+    total, count, metrics = loss(student, batch, shown._replace(hidden=padding))
+    np.testing.assert_allclose(total, 3.0 * error * count, rtol=1e-6)
+    np.testing.assert_allclose(metrics["hidden"], error, rtol=1e-6)
+
+
 def test_the_list_term_prefers_gold_over_the_teacher():
     ranker, batch = Ranker(make(LLAMA), label_ids=LABEL_IDS), random_batch()
     loss = RankerLoss(teacher_weight=1e-9, gold_weight=1e-9, list_weight=1.0)

@@ -272,8 +272,10 @@ def set_up_learning(
 ) -> tuple[Ranker | Taught, LossFn, Callable[[int], Any]]:
     """Model, loss and batches of a step, with the teacher in it where there is one.
 
-    Raises: InputError when a ranker that teaches reads other prompts.
+    Raises: InputError when a ranker that teaches reads other prompts, or hidden states cannot be compared.
     """
+    if loss.hidden_weight > 0:
+        _check_states(ranker, teacher)
     if teacher is None:
         return ranker.ranker, loss, data.batch
     if isinstance(teacher, TextJudge):
@@ -293,6 +295,14 @@ def set_up_learning(
         return taught_everywhere(drawn, data.batch_of(drawn))
 
     return Taught(ranker.ranker, teacher.ranker), DistilledLoss(loss), batch
+
+
+def _check_states(ranker: TextRanker, teacher: TextJudge | TextRanker | None) -> None:
+    if not isinstance(teacher, TextRanker):
+        raise InputError("loss.hidden_weight needs another ranker as teacher; set it to 0")
+    widths = (ranker.decoder.config.embed_dim, teacher.decoder.config.embed_dim)
+    if widths[0] != widths[1]:
+        raise InputError(f"loss.hidden_weight needs hidden states of one width, not {widths}; set it to 0")
 
 
 def _reads(ranker: TextRanker) -> tuple:

@@ -10,7 +10,7 @@ import dataclasses
 import datetime
 import functools
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import jax
 
@@ -25,7 +25,7 @@ from jaxsearch.nn.pruning import Method
 from jaxsearch.ranker import load_ranker
 from train import prune
 from train import ranker as ranker_trainer
-from train.config import Count, CountOrNone
+from train.config import Bound, Count, CountOrNone
 from train.inputs import load_data, load_retriever, mine, offline_scorer
 from train.options import progress, run, say
 from train.plots import plot_tradeoff
@@ -49,6 +49,8 @@ class Point:
     method: Method = "osscar"
     heal_steps: CountOrNone = 0
     """Training steps after the cut; 0: none. One cut with several of them is a curve."""
+    hidden_weight: Annotated[float, Bound(0)] = 0.0
+    """Of the whole ranker's hidden states in the loss of those steps (`RankerLoss`)."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,7 +61,8 @@ class SweepConfig:
     prune: PruneConfig = dataclasses.field(default_factory=PruneConfig)
     """Ranker, data and search of every cut; the numbers are the points'."""
     heal: RankerConfig = dataclasses.field(default_factory=RankerConfig)
-    """Of every point that is healed; base and teacher are the sweep's, the data those of `prune`, steps the point's."""
+    """Of every point that is healed; base and teacher are the sweep's, the data those of `prune`, steps and
+    `hidden_weight` the point's."""
     num_queries: Count = 100
     """Test queries."""
     depth: Count = 20
@@ -81,7 +84,7 @@ def make_point(config: SweepConfig, point: Point, workdir: Path) -> Path:
         prune.main(dataclasses.replace(config.prune, search=search, **shape), folder)
     if not point.heal_steps:
         return folder / "model"
-    healed = folder / f"healed-{point.heal_steps}"
+    healed = folder / f"healed-{point.heal_steps}-{point.hidden_weight:g}"
     healed.mkdir(exist_ok=True)
     if not (healed / "model" / CARD).exists():
         say(f"{point.name}: healing, {point.heal_steps} steps")
@@ -95,6 +98,7 @@ def make_point(config: SweepConfig, point: Point, workdir: Path) -> Path:
             teacher=config.prune.ranker,
             layers=(),
             labels="",
+            loss=dataclasses.replace(config.heal.loss, hidden_weight=point.hidden_weight),
             loop=dataclasses.replace(config.heal.loop, num_steps=point.heal_steps),
             **data,
         )
@@ -231,7 +235,8 @@ def main(config: SweepConfig, workdir: Path) -> None:
         "depth": config.depth,
         "repeats": config.repeats,
         "rows": [
-            row | {"method": points[row["name"]].method, "heal_steps": points[row["name"]].heal_steps}
+            row
+            | {name: getattr(points[row["name"]], name) for name in ("method", "heal_steps", "hidden_weight")}
             for row in rows
         ],
     }

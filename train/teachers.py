@@ -75,11 +75,11 @@ class DistilledLoss:
     loss: RankerLoss
 
     def __call__(self, model: Taught, batch: RankerBatch):
-        logits = model.teacher(
+        answers = model.teacher.answer(
             batch.prefix_tokens, batch.prefix_ids, batch.item_tokens, batch.segment_ids, batch.ends
         )
-        taught = dataclasses.replace(batch, teacher=jax.nn.sigmoid(logits))
-        return self.loss(model.ranker, taught, logits)
+        taught = dataclasses.replace(batch, teacher=jax.nn.sigmoid(answers.logits))
+        return self.loss(model.ranker, taught, answers)
 
 
 def taught_everywhere(drawn: Sequence[Drawn], batch: RankerBatch) -> RankerBatch:
