@@ -34,7 +34,8 @@ from serve.telemetry import Telemetry
 SHUTDOWN_SECONDS = 60
 """What is not answered so long after SIGTERM is given up."""
 REFUSE_SECONDS = 0.5
-"""After SIGTERM new requests are told 503 for this long, so that few meet the port just as it closes."""
+"""Once all is answered, new requests are told 503 for this long, so that few meet the port just as it closes."""
+POLL_SECONDS = 0.05
 
 
 class _Server(uvicorn.Server):
@@ -47,13 +48,17 @@ class _Server(uvicorn.Server):
         """Whether requests were left without an answer at the end."""
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
-        was_ready = self._engine.state == "ready"
+        was_ready, begun = self._engine.state == "ready", time.monotonic()
         if was_ready:
             self._engine.refuse()
+            while self._engine.batcher.queue_tokens and time.monotonic() - begun < SHUTDOWN_SECONDS:
+                await asyncio.sleep(POLL_SECONDS)
             await asyncio.sleep(REFUSE_SECONDS)
-        begun = time.monotonic()
+        closing = time.monotonic()
+        patience = max(1, round(SHUTDOWN_SECONDS - (closing - begun)))
+        self.config.timeout_graceful_shutdown = patience
         await super().shutdown(sockets)
-        self.has_given_up = was_ready and time.monotonic() - begun >= SHUTDOWN_SECONDS
+        self.has_given_up = was_ready and time.monotonic() - closing >= patience
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -207,7 +212,7 @@ def serve(options: argparse.Namespace, console: rich.console.Console) -> None:
 
     app = create_app(engine, Limits(options.max_items, options.max_body_bytes), on_prepared=on_prepared)
     misses = Misses()  # of what is compiled from here on: the server's programs
-    config = uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=SHUTDOWN_SECONDS)
+    config = uvicorn.Config(app, log_level="warning")
     server = _Server(config, engine)
     console.print(f"{engine.bundle.name} on {address}, compiling ...", soft_wrap=True)
     # uvicorn raises the signal again once it has stopped: SIGTERM then ends here, and the exit code is 0.

@@ -83,6 +83,13 @@ def wait_until_ready(client):
         time.sleep(0.2)
 
 
+def wait_for(condition, seconds=30.0):
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.005)
+
+
 def said_when_ready(log):
     """What the server of `running` has printed, up to "ready", which it says after it answers so."""
     deadline = time.monotonic() + READY_SECONDS

@@ -76,18 +76,19 @@ def test_latency_counts_from_the_schedule_when_the_client_is_slow():
     assert [sample.scheduled_seconds for sample in samples] == [0.0, 0.01, 0.02]
     latencies = [sample.latency_seconds for sample in samples]
     for latency, least in zip(latencies, (0.1, 0.19, 0.28), strict=True):
-        assert least <= latency < least + 0.2
+        assert least <= latency < least + 2
     assert samples[2].started_seconds - samples[2].scheduled_seconds >= 0.17
 
 
 def test_open_loop_does_not_wait_for_answers():
     async def send(number):
-        await asyncio.sleep(0.3)
+        await asyncio.sleep(1.0)
         return Reply(200)
 
     samples = asyncio.run(drive(np.linspace(0, 0.1, 20), send))
-    assert max(sample.started_seconds for sample in samples) < 0.25
-    assert all(0.29 < sample.latency_seconds < 0.6 for sample in samples)
+    first_end = min(sample.scheduled_seconds + sample.latency_seconds for sample in samples)
+    assert max(sample.started_seconds for sample in samples) < first_end
+    assert all(0.99 < sample.latency_seconds < 5 for sample in samples)
 
 
 def test_errors_are_samples_with_infinite_latency():
@@ -119,7 +120,7 @@ def test_closed_loop_keeps_its_connections_busy():
     most = []
     samples = asyncio.run(drive_in_turn(3, 0.4, send))
     assert max(most) == 3
-    assert 20 <= len(samples) <= 60
+    assert 6 <= len(samples) <= 60
     assert all(sample.started_seconds < 0.4 for sample in samples)
 
     async def refuse(number):

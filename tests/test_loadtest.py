@@ -39,7 +39,7 @@ def loadtest(*options):
 def url(tmp_path_factory):
     bundle = write_tiny_bundle(tmp_path_factory.mktemp("bundle"))
     log = tmp_path_factory.mktemp("serve") / "log"
-    with running(bundle, log, "--max-queue-tokens", "100000", "--slo-ms", "20000") as (_, client):
+    with running(bundle, log, "--max-queue-tokens", "30000", "--slo-ms", "20000") as (_, client):
         wait_until_ready(client)
         yield str(client.base_url).rstrip("/")
 

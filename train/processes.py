@@ -27,16 +27,28 @@ CHILD = "JAXSEARCH_SUPERVISED"
 
 def run_child(command: Sequence[str], environment: Mapping[str, str] | None = None) -> int:
     """The exit status of a command; SIGTERM, or SIGINT to this process alone, tells it to save and stop."""
-    process = subprocess.Popen(command, env=environment)
-    previous = signal.signal(signal.SIGTERM, lambda *_: process.terminate())
+    process, is_told = None, False
+
+    def tell(*_: object) -> None:
+        nonlocal is_told
+        is_told = True  # before the child is there: it is told when it is
+        if process is not None:
+            process.terminate()
+
+    previous = signal.signal(signal.SIGTERM, tell)
     try:
+        process = subprocess.Popen(command, env=environment)
+        if is_told:
+            process.terminate()
         return process.wait()
     except KeyboardInterrupt:
-        process.terminate()  # a terminal's Ctrl-C has reached the child too, which keeps to the first signal
+        if process is not None:
+            process.terminate()  # a terminal's Ctrl-C has reached the child too, which keeps to the first signal
         raise
     finally:
         signal.signal(signal.SIGTERM, previous)
-        process.wait()
+        if process is not None:
+            process.wait()
 
 
 def supervise() -> None:
