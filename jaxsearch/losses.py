@@ -1,8 +1,8 @@
 """Every training loss, as pure functions of arrays: what one example costs, not how examples are averaged.
 
-Each function returns unreduced float32 values in nats, takes `where=` (True = counts), and gives a masked
-entry the value 0 and a finite zero gradient whatever the masked inputs hold. The trainer divides by the
-number of entries that count. Models, batches and sampling are elsewhere; ranking metrics are in `metrics`.
+Each function returns unreduced float32 values in nats (`relative_error`: no unit), takes `where=` (True = counts),
+and gives a masked entry the value 0 and a finite zero gradient whatever the masked inputs hold. The trainer divides by
+the number of entries that count. Models, batches and sampling are elsewhere; ranking metrics are in `metrics`.
 `token_counts` is no loss: it says how full a batch is.
 """
 
@@ -132,8 +132,8 @@ def relative_error(
     Returns:
       One value >= 0 per state: 0 when both are equal, 1 for a state of zeros.
 
-    Source: Romero et al., "FitNets: Hints for Thin Deep Nets", 2015, eq. 3, without its map between widths and
-    over the length of the target.
+    Source: Romero et al., "FitNets: Hints for Thin Deep Nets", 2015, eq. 3, without its half and its map between
+    widths, over the squared length of the target.
 
     Example: (3, 4) against (3, 0): 16 / 9.
 

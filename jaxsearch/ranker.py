@@ -26,7 +26,7 @@ from jaxsearch.nn.transformer import Decoder
 LABELS = ("Yes", "No")
 
 
-class Answers(NamedTuple):
+class RankerOutput(NamedTuple):
     """What a ranker makes of a batch: hidden states of the candidates' tokens, and one logit a candidate."""
 
     hidden: Float[Array, "b w t d"]
@@ -49,16 +49,16 @@ class Ranker(nnx.Module):
         ends: Int[Array, "b q c"],
     ) -> Float[Array, "b q c"]:
         """Float32 logits. The arguments are those of `RankerBatch`."""
-        return self.answer(prefix_tokens, prefix_ids, item_tokens, segment_ids, ends).logits
+        return self.read(prefix_tokens, prefix_ids, item_tokens, segment_ids, ends).logits
 
-    def answer(
+    def read(
         self,
         prefix_tokens: Int[Array, "b p"],
         prefix_ids: Int[Array, "b p"],
         item_tokens: Int[Array, "b w t"],
         segment_ids: Int[Array, "b w t"],
         ends: Int[Array, "b q c"],
-    ) -> Answers:
+    ) -> RankerOutput:
         """Like a call, with the hidden states, after the final norm, that the logits are read from."""
         _, prefix = self.decoder.prefill(prefix_tokens, prefix_ids > 0, segment_ids=prefix_ids)
         per_query = ends.shape[-1]
@@ -70,7 +70,7 @@ class Ranker(nnx.Module):
             prefix_ids=(segment_ids + per_query - 1) // per_query,
         )
         logits = self.decoder.logits(at_ends(hidden, ends), jnp.asarray(self.label_ids, jnp.int32))
-        return Answers(hidden, logits[..., 0] - logits[..., 1])
+        return RankerOutput(hidden, logits[..., 0] - logits[..., 1])
 
 
 @jax.tree_util.register_dataclass
@@ -105,8 +105,8 @@ class RankerLoss:
     `list_temperature`. Where a ranker alone teaches, without gold, the softmax of its own logits takes their place:
     then both terms are least where the answers are the teacher's.
 
-    With `hidden_weight` such a teacher also shows its hidden states: the mean `losses.relative_error` of the
-    candidates' tokens is a fourth term. Both rankers must be of one width then.
+    `hidden_weight` is that of a fourth term, where a ranker of the same width teaches: `losses.relative_error` of the
+    student's hidden states, its mean over all tokens of a group's candidates, for each of the group's queries.
     """
 
     teacher_weight: float = 0.5
@@ -120,11 +120,11 @@ class RankerLoss:
             raise InputError(f"list_temperature must be above 0, not {self.list_temperature}")
         for name in ("teacher_weight", "gold_weight", "list_weight", "hidden_weight"):
             if not 0 <= (weight := getattr(self, name)) < math.inf:
-                raise InputError(f"{name} must be at least 0, not {weight}")
+                raise InputError(f"{name} must be at least 0 and finite, not {weight}")
 
-    def __call__(self, ranker: Ranker, batch: RankerBatch, teacher: Answers | None = None):
+    def __call__(self, ranker: Ranker, batch: RankerBatch, teacher: RankerOutput | None = None):
         """Σ over queries, their number, metrics. `teacher` is what a ranker that teaches makes of the same batch."""
-        hidden, logits = ranker.answer(
+        hidden, logits = ranker.read(
             batch.prefix_tokens, batch.prefix_ids, batch.item_tokens, batch.segment_ids, batch.ends
         )
         total, count, metrics = self.of_logits(logits, batch, None if teacher is None else teacher.logits)
@@ -136,7 +136,7 @@ class RankerLoss:
                 is_token.sum(axis=(-2, -1), dtype=jnp.float32), 1.0
             )
             total += self.hidden_weight * logits.shape[1] * per_group.sum()
-            metrics["hidden"] = per_group.mean()
+            metrics["hidden_error"] = per_group.mean()
         return total, count, metrics | losses.token_counts(batch.prefix_ids > 0, is_token)
 
     def of_logits(

@@ -74,7 +74,7 @@ def test_an_override_that_cannot_be_says_why(assignment, message):
         ),
         (EncoderConfig(), "loss.temperature=nan", "temperature must be above 0, not nan"),
         (RankerConfig(), "loss.list_temperature=-1", r"list_temperature must be above 0, not -1\.0"),
-        (RankerConfig(), "loss.hidden_weight=-1", r"hidden_weight must be at least 0, not -1\.0"),
+        (RankerConfig(), "loss.hidden_weight=-1", r"hidden_weight must be at least 0 and finite, not -1\.0"),
     ],
 )
 def test_what_a_dataclass_of_the_library_refuses_is_said_in_its_words(config, assignment, message):

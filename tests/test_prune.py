@@ -7,13 +7,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 
 from jaxsearch.errors import InputError
 from jaxsearch.nn.pruning import Search
-from jaxsearch.ranker import Answers, load_ranker
+from jaxsearch.nn.transformer import Decoder
+from jaxsearch.ranker import RankerOutput, load_ranker, new_ranker
 from jaxsearch.scoring.prefill import ScoreRequest
 from tests.tiny_bundle import write_parts
-from tests.tiny_collection import write_collection
+from tests.tiny_collection import tiny_judge, write_collection
 from train import prune, sweep
 from train import ranker as ranker_trainer
 from train.inputs import load_data, offline_scorer
@@ -162,7 +164,7 @@ def test_a_ranker_teaches_what_it_would_answer(world):
     answers = jnp.asarray(stored_logits.reshape(batch.teacher.shape))
     batch, labelled = jax.tree.map(jnp.asarray, (batch, labelled))
     unseen = jnp.full((*batch.item_tokens.shape, 1), jnp.nan)  # without hidden_weight nothing reads them
-    expected = config.loss(student.ranker, labelled, Answers(unseen, answers))[0]
+    expected = config.loss(student.ranker, labelled, RankerOutput(unseen, answers))[0]
     assert float(loss(model, batch)[0]) == pytest.approx(float(expected), rel=1e-5)
 
     def slope(student_logits):
@@ -178,7 +180,7 @@ def test_a_teachers_hidden_states_heal_a_cut_whose_answers_are_not_compared(worl
     loss = ranker_trainer.RankerLoss(teacher_weight=0.0, gold_weight=0.0, list_weight=0.0, hidden_weight=1.0)
     ranker_trainer.main(heal_config(world, folder, loss=loss), tmp_path / "heal")
     lines = (tmp_path / "heal" / "metrics.jsonl").read_text().splitlines()
-    errors = [record["hidden"] for record in map(json.loads, lines) if "hidden" in record]
+    errors = [record["hidden_error"] for record in map(json.loads, lines) if "hidden_error" in record]
     assert errors[-1] < 0.5 * errors[0]
     assert divergence(world, tmp_path / "heal" / "model") < 0.8 * divergence(world, folder)
 
@@ -198,9 +200,20 @@ def test_what_makes_no_sense_is_refused(world, tmp_path):
         prune.main(prune_config(world, drop_layers=2), tmp_path / "empty")
     with pytest.raises(InputError, match="set max_shared_tokens, max_item_tokens and view"):
         ranker_trainer.main(heal_config(world, world["ranker"], max_item_tokens=60), tmp_path / "heal")
+
+
+def test_hidden_states_need_a_ranker_of_the_same_width(world, tmp_path):
     states = ranker_trainer.RankerLoss(gold_weight=0.0, hidden_weight=1.0)
     with pytest.raises(InputError, match="hidden_weight needs another ranker as teacher"):
         ranker_trainer.main(heal_config(world, world["ranker"], teacher="", loss=states), tmp_path / "states")
+    ranker = load_ranker(world["ranker"])
+    with pytest.raises(InputError, match="hidden_weight needs another ranker as teacher"):
+        ranker_trainer.check_teacher(ranker, tiny_judge(world), states)
+    wider = dataclasses.replace(ranker.decoder.config, embed_dim=24)
+    teacher = new_ranker(Decoder(wider, rngs=nnx.Rngs(0)), ranker.prompt, view=ranker.view)
+    with pytest.raises(InputError, match="hidden states of 16 and 24 channels cannot be compared"):
+        ranker_trainer.check_teacher(ranker, teacher, states)
+    ranker_trainer.check_teacher(ranker, teacher, dataclasses.replace(states, hidden_weight=0.0))
 
 
 def test_a_sweep_measures_every_point_beside_the_whole_and_goes_on(world, tmp_path, capsys):
@@ -208,7 +221,7 @@ def test_a_sweep_measures_every_point_beside_the_whole_and_goes_on(world, tmp_pa
         sweep.Point("neurons", mlp_dim=10),
         sweep.Point("by magnitude", mlp_dim=10, method="magnitude"),
         sweep.Point("layer, healed", drop_layers=1, heal_steps=2),
-        sweep.Point("layer, healed longer", drop_layers=1, heal_steps=3, hidden_weight=2.0),
+        sweep.Point("layer, healed by states", drop_layers=1, heal_steps=2, hidden_weight=2.0),
     )
     cut = prune_config(world, drop_layers=0, mlp_dim=0, num_heads=0)
     heal = heal_config(world, "", loop=LoopConfig(num_steps=9))
@@ -220,10 +233,10 @@ def test_a_sweep_measures_every_point_beside_the_whole_and_goes_on(world, tmp_pa
     assert list(rows) == ["whole", *(point.name for point in points)]
     assert [row["layers"] for row in rows.values()] == [2, 2, 2, 1, 1]
     assert [row["mlp_dim"] for row in rows.values()] == [24, 10, 10, 24, 24]
-    assert [row["heal_steps"] for row in rows.values()] == [0, 0, 0, 2, 3]
+    assert [row["heal_steps"] for row in rows.values()] == [0, 0, 0, 2, 2]
     assert [row["hidden_weight"] for row in rows.values()] == [0, 0, 0, 0, 2]
-    (shown,) = (tmp_path / "points" / "osscar-1-0-0-0").glob("healed-3-*/metrics.jsonl")
-    assert "hidden" in json.loads(shown.read_text().splitlines()[0])
+    (shown,) = (tmp_path / "points" / "osscar-1-0-0-0").glob("healed-2-2.0/metrics.jsonl")
+    assert "hidden_error" in json.loads(shown.read_text().splitlines()[0])
     assert rows["whole"]["difference"] == [0.0] * 3
     assert rows["whole"]["weights"] == rows["whole"]["speed"]["median"] == 1.0
     assert rows["neurons"]["weights"] < 0.8
@@ -232,10 +245,17 @@ def test_a_sweep_measures_every_point_beside_the_whole_and_goes_on(world, tmp_pa
         assert 0 <= low <= mean <= high <= 1
     assert (tmp_path / "report.png").stat().st_size > 10_000
     assert "| neurons | – | 2 | 10 | 2 |" in (tmp_path / "report.md").read_text()
+    assert "| layer, healed by states | 2, hidden 2 |" in (tmp_path / "report.md").read_text()
     assert "neurons: cutting" in capsys.readouterr().out
     sweep.main(config, tmp_path)
     assert "cutting" not in capsys.readouterr().out
-    with pytest.raises(InputError, match="set them in the points"):
+    with pytest.raises(InputError, match=r"prune\.mlp_dim: to be set in the points"):
         sweep.main(dataclasses.replace(config, prune=dataclasses.replace(cut, mlp_dim=10)), tmp_path)
     with pytest.raises(InputError, match="each needs a name of its own"):
         sweep.main(dataclasses.replace(config, points=(points[0], points[0])), tmp_path)
+    unhealed = dataclasses.replace(points[0], hidden_weight=1.0)
+    with pytest.raises(InputError, match="hidden_weight without heal_steps in neurons"):
+        sweep.main(dataclasses.replace(config, points=(unhealed,)), tmp_path)
+    shown = dataclasses.replace(heal, loss=dataclasses.replace(heal.loss, hidden_weight=1.0))
+    with pytest.raises(InputError, match=r"heal\.loss\.hidden_weight: to be set in the points"):
+        sweep.main(dataclasses.replace(config, heal=shown), tmp_path)

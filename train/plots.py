@@ -139,8 +139,8 @@ def plot_tradeoff(path: str | Path, rows: Sequence[Mapping[str, Any]]) -> None:
     figure.savefig(path, dpi=160, facecolor="white")
 
 
-CUT = ("layers", "mlp_dim", "heads", "kv_heads", "method")
-"""What makes two rows the same cut."""
+CUT = ("layers", "mlp_dim", "heads", "kv_heads", "method", "hidden_weight")
+"""What makes two rows the same cut, healed in the same way."""
 
 
 def _healed_color(row: Mapping[str, Any]) -> str:

@@ -272,10 +272,8 @@ def set_up_learning(
 ) -> tuple[Ranker | Taught, LossFn, Callable[[int], Any]]:
     """Model, loss and batches of a step, with the teacher in it where there is one.
 
-    Raises: InputError when a ranker that teaches reads other prompts, or hidden states cannot be compared.
+    `check_teacher` says whether they fit.
     """
-    if loss.hidden_weight > 0:
-        _check_states(ranker, teacher)
     if teacher is None:
         return ranker.ranker, loss, data.batch
     if isinstance(teacher, TextJudge):
@@ -283,12 +281,6 @@ def set_up_learning(
             teacher, data.collection, data.vertical, draw=data.draw, batch_of=data.batch_of
         )
         return Taught(ranker.ranker, teacher.judge), TaughtLoss(loss, online.policy_tokens), online.batch
-    if _reads(teacher) != _reads(ranker):
-        raise InputError(
-            "the ranker that teaches has another prompt, view, vocabulary or token limit than this one: a teacher "
-            "inside the step reads the student's own tokens; set max_shared_tokens, max_item_tokens and view as its "
-            "jaxsearch.json states them"
-        )
 
     def batch(step: int) -> RankerBatch:
         drawn = data.draw(step)
@@ -297,12 +289,23 @@ def set_up_learning(
     return Taught(ranker.ranker, teacher.ranker), DistilledLoss(loss), batch
 
 
-def _check_states(ranker: TextRanker, teacher: TextJudge | TextRanker | None) -> None:
+def check_teacher(ranker: TextRanker, teacher: TextJudge | TextRanker | None, loss: RankerLoss) -> None:
+    """Raises: InputError when a ranker that teaches reads other prompts, or hidden states cannot be compared."""
     if not isinstance(teacher, TextRanker):
-        raise InputError("loss.hidden_weight needs another ranker as teacher; set it to 0")
-    widths = (ranker.decoder.config.embed_dim, teacher.decoder.config.embed_dim)
-    if widths[0] != widths[1]:
-        raise InputError(f"loss.hidden_weight needs hidden states of one width, not {widths}; set it to 0")
+        if loss.hidden_weight > 0:
+            raise InputError("loss.hidden_weight needs another ranker as teacher; set it to 0")
+        return
+    if _reads(teacher) != _reads(ranker):
+        raise InputError(
+            "the ranker that teaches has another prompt, view, vocabulary or token limit than this one: a teacher "
+            "inside the step reads the student's own tokens; set max_shared_tokens, max_item_tokens and view as its "
+            "jaxsearch.json states them"
+        )
+    student, other = ranker.decoder.config.embed_dim, teacher.decoder.config.embed_dim
+    if loss.hidden_weight > 0 and student != other:
+        raise InputError(
+            f"hidden states of {student} and {other} channels cannot be compared; set loss.hidden_weight to 0"
+        )
 
 
 def _reads(ranker: TextRanker) -> tuple:
@@ -335,6 +338,7 @@ def main(config: RankerConfig, workdir: Path) -> None:
     layers = config.layers or tuple(range(decoder.config.num_layers))
     ranker = new_ranker(keep_layers(decoder, layers), prompt, view=config.view)
     del decoder
+    check_teacher(ranker, teacher, config.loss)
     mined = mine(
         retriever, collection, collection.split("train"), vertical, view=config.view, depth=config.mined_depth
     )

@@ -84,7 +84,7 @@ def make_point(config: SweepConfig, point: Point, workdir: Path) -> Path:
         prune.main(dataclasses.replace(config.prune, search=search, **shape), folder)
     if not point.heal_steps:
         return folder / "model"
-    healed = folder / f"healed-{point.heal_steps}-{point.hidden_weight:g}"
+    healed = folder / f"healed-{point.heal_steps}-{point.hidden_weight}"
     healed.mkdir(exist_ok=True)
     if not (healed / "model" / CARD).exists():
         say(f"{point.name}: healing, {point.heal_steps} steps")
@@ -175,7 +175,8 @@ def markdown(report: dict[str, Any]) -> str:
         "",
         f"{report['device']}; commit {report['commit']}; ranker {report['ranker']}. NDCG@10 of re-ranking the "
         f"retriever's best {report['depth']} documents for {report['num_queries']} test queries, 95 % intervals over "
-        "queries. *weights*: those that a token is multiplied with. *speed*: of scoring the same prompts, over the "
+        "queries. *hidden*: healed by the whole ranker's hidden states too, with this weight. "
+        "*weights*: those that a token is multiplied with. *speed*: of scoring the same prompts, over the "
         f"whole ranker's, {report['repeats']} repeats taking turns, median [minimum, maximum].",
         "",
         "| ranker | healed, steps | layers | neurons | heads | weights | NDCG@10 | difference | speed |",
@@ -186,9 +187,10 @@ def markdown(report: dict[str, Any]) -> str:
         difference = "–" if row["name"] == WHOLE else "{:+.3f} [{:+.3f}, {:+.3f}]".format(*row["difference"])
         speed = "{median:.2f} [{minimum:.2f}, {maximum:.2f}]".format(**row["speed"])
         shape = f"{row['layers']} | {row['mlp_dim']} | {row['heads']} | {row['weights']:.0%}"
-        lines.append(
-            f"| {row['name']} | {row['heal_steps'] or '–'} | {shape} | {quality} | {difference} | {speed} |"
+        healing = str(row["heal_steps"] or "–") + (
+            f", hidden {weight:g}" if (weight := row["hidden_weight"]) else ""
         )
+        lines.append(f"| {row['name']} | {healing} | {shape} | {quality} | {difference} | {speed} |")
     return "\n".join([*lines, "", "![Speed against quality](report.png)"]) + "\n"
 
 
@@ -202,8 +204,12 @@ def check_points(config: SweepConfig) -> None:
         raise InputError(f"points: each needs a name of its own, none is {WHOLE!r}; got {', '.join(names)}")
     if empty := [point.name for point in config.points if not any(_shape(point).values())]:
         raise InputError(f"points: nothing is cut in {', '.join(empty)}")
-    if set_here := [name for name, value in _shape(config.prune).items() if value]:
-        raise InputError(f"prune.{', prune.'.join(set_here)}: set them in the points")
+    if vain := [point.name for point in config.points if point.hidden_weight and not point.heal_steps]:
+        raise InputError(f"points: hidden_weight without heal_steps in {', '.join(vain)}")
+    set_here = [f"prune.{name}" for name, value in _shape(config.prune).items() if value]
+    set_here += ["heal.loss.hidden_weight"] if config.heal.loss.hidden_weight else []
+    if set_here:
+        raise InputError(f"{', '.join(set_here)}: to be set in the points")
 
 
 def _shape(cut: Point | PruneConfig) -> dict[str, int]:

@@ -75,11 +75,11 @@ class DistilledLoss:
     loss: RankerLoss
 
     def __call__(self, model: Taught, batch: RankerBatch):
-        answers = model.teacher.answer(
+        shown = model.teacher.read(
             batch.prefix_tokens, batch.prefix_ids, batch.item_tokens, batch.segment_ids, batch.ends
         )
-        taught = dataclasses.replace(batch, teacher=jax.nn.sigmoid(answers.logits))
-        return self.loss(model.ranker, taught, answers)
+        taught = dataclasses.replace(batch, teacher=jax.nn.sigmoid(shown.logits))
+        return self.loss(model.ranker, taught, shown)
 
 
 def taught_everywhere(drawn: Sequence[Drawn], batch: RankerBatch) -> RankerBatch:
