@@ -36,6 +36,7 @@ SHUTDOWN_SECONDS = 60
 REFUSE_SECONDS = 0.5
 """Once all is answered, new requests are told 503 for this long, so that few meet the port just as it closes."""
 POLL_SECONDS = 0.05
+"""How often a stopping server looks whether all is answered."""
 
 
 class _Server(uvicorn.Server):
@@ -51,14 +52,18 @@ class _Server(uvicorn.Server):
         was_ready, begun = self._engine.state == "ready", time.monotonic()
         if was_ready:
             self._engine.refuse()
-            while self._engine.batcher.queue_tokens and time.monotonic() - begun < SHUTDOWN_SECONDS:
+            while self._is_draining(begun):
                 await asyncio.sleep(POLL_SECONDS)
             await asyncio.sleep(REFUSE_SECONDS)
         closing = time.monotonic()
         patience = max(1, round(SHUTDOWN_SECONDS - (closing - begun)))
         self.config.timeout_graceful_shutdown = patience
         await super().shutdown(sockets)
-        self.has_given_up = was_ready and time.monotonic() - closing >= patience
+        self.has_given_up = was_ready and (self.force_exit or time.monotonic() - closing >= patience)
+
+    def _is_draining(self, begun: float) -> bool:
+        is_over = self.force_exit or time.monotonic() - begun >= SHUTDOWN_SECONDS
+        return not is_over and self._engine.batcher.queue_tokens > 0
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -221,7 +226,7 @@ def serve(options: argparse.Namespace, console: rich.console.Console) -> None:
     if engine.failure is not None:
         raise InputError(f"not ready: {engine.failure}")
     if server.has_given_up:
-        console.print(f"stopped; what was not answered within {SHUTDOWN_SECONDS} s was given up")
+        console.print("stopped; what was not answered by now is given up")
     else:
         console.print("stopped; everything that was accepted is answered")
 

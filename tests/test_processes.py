@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from tests.toy_training import train
+from train.processes import run_child
 
 ROOT = Path(__file__).parent
 NUM_STEPS = 12
@@ -91,3 +92,15 @@ def test_a_signal_to_the_parent_alone_stops_the_child(tmp_path, number):
         parent.send_signal(number)
         parent.wait(TIMEOUT_SECONDS)
     assert (tmp_path / "stopped").exists()
+
+
+def test_a_signal_that_comes_before_the_child_is_there_stops_it():
+    class Signalled(dict):
+        """An environment that is read when the child is about to be started."""
+
+        def items(self):
+            signal.raise_signal(signal.SIGTERM)
+            return super().items()
+
+    child = [sys.executable, "-c", "import time; time.sleep(60)"]
+    assert run_child(child, Signalled(os.environ)) == -signal.SIGTERM

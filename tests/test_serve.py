@@ -377,7 +377,6 @@ def test_two_hundred_random_requests_compile_nothing(server):
     assert metric(server, "items_scored_total") > before
     assert metric(server, "recompiles_total") == 0
     assert metric(server, "ready") == 1
-    wait_for(
-        lambda: metric(server, "batch_running_seconds") == 0
-    )  # the last launch is counted after its reply
+    # The last launch is counted after its reply.
+    wait_for(lambda: metric(server, "batch_running_seconds") == 0)
     assert server.get("/info").json()["num_programs"] == programs

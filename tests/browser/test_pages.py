@@ -14,8 +14,9 @@ from tests.live_server import running, wait_until_ready
 from tests.tiny_bundle import write_tiny_bundle
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
-expect.set_options(timeout=30_000)
 PHONE = {"width": 390, "height": 844}
+
+expect.set_options(timeout=30_000)  # five seconds are few on a busy machine
 
 pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="no Chromium here: apt-get install chromium")
 
