@@ -126,8 +126,8 @@ def relative_error(
     """Squared distance of hidden states from a teacher's, over the squared length of the teacher's; no unit.
 
     Args:
-      hidden, targets: states of one width; finite. The targets get no gradient.
-      where: states that count; the others are 0, and so is one whose target is all zeros.
+      hidden, targets: states of one width; finite, no target all zeros. The targets get no gradient.
+      where: states that count; the others are 0.
 
     Returns:
       One value >= 0 per state: 0 when both are equal, 1 for a state of zeros.
@@ -141,10 +141,9 @@ def relative_error(
     >>> print(f"{relative_error(jnp.array([3.0, 4.0]), jnp.array([3.0, 0.0])):.4f}")
     1.7778
     """
-    targets = jax.lax.stop_gradient(_fill_rows(targets, where))
-    length = jnp.sum(jnp.square(targets), axis=-1)
+    targets = jax.lax.stop_gradient(_fill_rows(targets, where, 1.0))
     error = jnp.sum(jnp.square(_fill_rows(hidden, where) - targets), axis=-1)
-    return _keep(where, jnp.where(length > 0, error / jnp.where(length > 0, length, 1.0), 0.0))
+    return _keep(where, error / jnp.sum(jnp.square(targets), axis=-1))
 
 
 def info_nce(

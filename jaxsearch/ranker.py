@@ -27,7 +27,7 @@ LABELS = ("Yes", "No")
 
 
 class RankerOutput(NamedTuple):
-    """What a ranker makes of a batch: hidden states of the candidates' tokens, and one logit a candidate."""
+    """Of a batch: the candidates' hidden states after the final norm, and one float32 logit each."""
 
     hidden: Float[Array, "b w t d"]
     logits: Float[Array, "b q c"]
@@ -47,19 +47,8 @@ class Ranker(nnx.Module):
         item_tokens: Int[Array, "b w t"],
         segment_ids: Int[Array, "b w t"],
         ends: Int[Array, "b q c"],
-    ) -> Float[Array, "b q c"]:
-        """Float32 logits. The arguments are those of `RankerBatch`."""
-        return self.read(prefix_tokens, prefix_ids, item_tokens, segment_ids, ends).logits
-
-    def read(
-        self,
-        prefix_tokens: Int[Array, "b p"],
-        prefix_ids: Int[Array, "b p"],
-        item_tokens: Int[Array, "b w t"],
-        segment_ids: Int[Array, "b w t"],
-        ends: Int[Array, "b q c"],
     ) -> RankerOutput:
-        """Like a call, with the hidden states, after the final norm, that the logits are read from."""
+        """The arguments are those of `RankerBatch`."""
         _, prefix = self.decoder.prefill(prefix_tokens, prefix_ids > 0, segment_ids=prefix_ids)
         per_query = ends.shape[-1]
         hidden = self.decoder.attend_prefix(
@@ -124,7 +113,7 @@ class RankerLoss:
 
     def __call__(self, ranker: Ranker, batch: RankerBatch, teacher: RankerOutput | None = None):
         """Σ over queries, their number, metrics. `teacher` is what a ranker that teaches makes of the same batch."""
-        hidden, logits = ranker.read(
+        hidden, logits = ranker(
             batch.prefix_tokens, batch.prefix_ids, batch.item_tokens, batch.segment_ids, batch.ends
         )
         total, count, metrics = self.of_logits(logits, batch, None if teacher is None else teacher.logits)

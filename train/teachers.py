@@ -75,7 +75,7 @@ class DistilledLoss:
     loss: RankerLoss
 
     def __call__(self, model: Taught, batch: RankerBatch):
-        shown = model.teacher.read(
+        shown = model.teacher(
             batch.prefix_tokens, batch.prefix_ids, batch.item_tokens, batch.segment_ids, batch.ends
         )
         taught = dataclasses.replace(batch, teacher=jax.nn.sigmoid(shown.logits))
