@@ -2,7 +2,8 @@ r"""How much of the demo's ranker can go: neurons, layers and both, by three met
 
 Command: python -m train.sweep --config configs/sweep.py --workdir work/sweep \
          --set prune.ranker=work/demo/ranker/model prune.retriever=work/demo/encoder/model
-Time: 145 minutes on two CPU cores beside other work; the last point was healed later than the others.
+Time: 100 minutes on two CPU cores without the last point, 59 more to heal that and to measure all again; both beside
+      other work.
 Numbers: docs/results/pruning.
 """
 

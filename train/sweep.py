@@ -187,9 +187,9 @@ def markdown(report: dict[str, Any]) -> str:
         difference = "–" if row["name"] == WHOLE else "{:+.3f} [{:+.3f}, {:+.3f}]".format(*row["difference"])
         speed = "{median:.2f} [{minimum:.2f}, {maximum:.2f}]".format(**row["speed"])
         shape = f"{row['layers']} | {row['mlp_dim']} | {row['heads']} | {row['weights']:.0%}"
-        healing = str(row["heal_steps"] or "–") + (
-            f", hidden {weight:g}" if (weight := row["hidden_weight"]) else ""
-        )
+        healing = str(row["heal_steps"] or "–")
+        if row["hidden_weight"]:
+            healing += f", hidden {row['hidden_weight']:g}"
         lines.append(f"| {row['name']} | {healing} | {shape} | {quality} | {difference} | {speed} |")
     return "\n".join([*lines, "", "![Speed against quality](report.png)"]) + "\n"
 
