@@ -4,25 +4,29 @@
     encoder/ ranker/  model folders in the HF layout, with tokenizer and card (`checkpoints`)
     vertical/         fields, views, policy and prompt templates (`data.verticals`)
     documents.jsonl   the corpus;  index/ its embeddings and the encoder version that made them
-    calibration.json  score → probability, where one was fitted
+    orders.json       the ways to sort results: weights, calibration, NDCG@10 on validation, which one is served
     selftest.json     questions with known answers, asked before the server says that it is ready
     MODEL_CARD.md     for people
     programs/         compiled for some machines, where a server left them; in no manifest, read when asked for only
 
-Not here: choosing what goes in (`train.export`), answering requests (`serve`).
+Not here: choosing what goes in (`train.export`), the stages of a search (`search`), HTTP (`serve`).
 """
 
+import contextlib
 import dataclasses
+import functools
 import hashlib
 import json
+import os
 import shutil
 import uuid
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
+import jax
+
 from jaxsearch.buckets import Lattice
-from jaxsearch.calibration import IsotonicMap
 from jaxsearch.data.records import Document
 from jaxsearch.data.verticals import Vertical, load_vertical
 from jaxsearch.encoder import TextEncoder, load_encoder
@@ -30,15 +34,26 @@ from jaxsearch.errors import InputError
 from jaxsearch.files import read_json, read_object, replace_folder, sha256_hex, write_json
 from jaxsearch.ranker import TextRanker, load_ranker
 from jaxsearch.retrieval.exact import ExactIndex
+from jaxsearch.retrieval.lexical import Bm25Index
 from jaxsearch.scoring.prefill import PrefillScorer, ScoreRequest
+from jaxsearch.search.orders import Orders
+from jaxsearch.search.searcher import Searcher, SearchReply, SearchRequest
 
-FORMAT = 3
+FORMAT = 4
 MANIFEST = "bundle.json"
 PROGRAMS = "programs"
+ORDERS, CARD, QUALITY = "orders.json", "MODEL_CARD.md", "quality.json"
+DOCUMENTATION = (CARD, QUALITY)
+"""Files that tell of a bundle and change no answer: its revision does not depend on them."""
 Dtype = Literal["float32", "bfloat16"]
 SCORE_TOLERANCE: Mapping[Dtype, float] = {"float32": 0.02, "bfloat16": 0.1}
 """Known scores, written in float32, may differ by this much from those that a server computes. Measured of the demo's
 ranker on CPU, 128 scores in bfloat16: at most 0.047; other rankers were not measured."""
+
+
+def serving_dtype() -> Dtype:
+    """What a server computes in unless it is told: float32 on CPU, bfloat16 elsewhere."""
+    return "float32" if jax.default_backend() == "cpu" else "bfloat16"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,8 +67,8 @@ class KnownAnswer:
 
 @dataclasses.dataclass(frozen=True)
 class Bundle:
-    """A bundle in memory. Positions in `index` are those of `documents`; `revision` names the whole
-    content. The ranker computes in `dtype`."""
+    """A bundle in memory. Positions in `index` are those of `documents`; `revision` names all that answers depend on.
+    The ranker computes in `dtype`."""
 
     directory: Path
     name: str
@@ -66,7 +81,7 @@ class Bundle:
     documents: list[Document]
     index: ExactIndex
     lexical_view: str
-    calibration: IsotonicMap | None
+    orders: Orders
     lattice: Lattice
     known_answers: list[KnownAnswer]
     quality: list[dict[str, Any]]
@@ -80,6 +95,38 @@ class Bundle:
             is_batch_invariant=is_batch_invariant,
             use_kernel=use_kernel,
         )
+
+    @functools.cached_property
+    def searcher(self) -> Searcher:
+        """The corpus ready to be searched, made at its first use; programs are compiled as they are needed."""
+        texts = [self.vertical.document_text(document, self.lexical_view) for document in self.documents]
+        return Searcher(
+            self.documents,
+            self.vertical,
+            encoder=self.encoder,
+            index=self.index,
+            bm25=Bm25Index(texts, self.index.ids),
+            orders=self.orders,
+            ranker=self.ranker,
+            scorer=self.scorer(),
+        )
+
+    def search(
+        self,
+        query: str,
+        *,
+        top_k: int = 10,
+        filter: Mapping[str, Any] | None = None,
+        explain: bool = False,
+        **options: Any,
+    ) -> SearchReply:
+        """Searches the bundle's documents in this process, by the functions that the server runs.
+
+        Args: all are fields of `SearchRequest`; `options` are those not named here.
+        Raises: InputError for an unknown field or order, a wrong filter, or a query that is too long.
+        """
+        request = SearchRequest(query, top_k=top_k, filter=filter, explain=explain, **options)
+        return self.searcher.search(request)
 
 
 def known_answers(
@@ -111,7 +158,7 @@ def write_bundle(
     index: ExactIndex,
     lexical_view: str,
     max_batch_tokens: int = 2048,
-    calibration: IsotonicMap | None = None,
+    orders: Orders | None = None,
     triples: Sequence[tuple[str, str, str]] = (),
     model_card: str = "",
     quality: Sequence[Mapping[str, Any]] = (),
@@ -123,6 +170,7 @@ def write_bundle(
       index: the documents' embeddings; its metadata name the encoder's version ("encoder") and the "view".
       lexical_view: the view whose words BM25 searches.
       max_batch_tokens: of the largest launch; `serve.plan` fits launches to traffic.
+      orders: how results are sorted; None: nothing was fitted.
       triples: (query, fitting document, other document) texts for the self-test.
       quality: what was measured before, a row per system; the server shows it.
     Raises: InputError when parts do not fit together, or `directory` holds something that is not a bundle.
@@ -161,12 +209,11 @@ def write_bundle(
         (part / "documents.jsonl").write_text("".join(line + "\n" for line in lines), encoding="utf-8")
         index.metadata["documents_sha256"] = sha256_hex(part / "documents.jsonl")
         index.save(part / "index")
-        if calibration is not None:
-            calibration.save(part / "calibration.json")
+        write_json(part / ORDERS, (orders or Orders.unfitted()).to_json())
         answers = known_answers(ranker, lattice, triples)
-        write_json(part / "quality.json", list(quality))
+        write_json(part / QUALITY, list(quality))
         write_json(part / "selftest.json", [dataclasses.asdict(answer) for answer in answers])
-        (part / "MODEL_CARD.md").write_text(model_card, encoding="utf-8")
+        (part / CARD).write_text(model_card, encoding="utf-8")
         _write_manifest(part, name, encoder, ranker, lattice, lexical_view)
         replace_folder(part, directory)
     finally:
@@ -178,10 +225,6 @@ def _write_manifest(
     part: Path, name: str, encoder: TextEncoder, ranker: TextRanker, lattice: Lattice, lexical_view: str
 ) -> None:
     """What is in the folder, byte for byte, and which versions belong together."""
-    files = {
-        path: {"sha256": sha256_hex(part / path), "size_bytes": (part / path).stat().st_size}
-        for path in _files(part)
-    }
     manifest = {
         "format": FORMAT,
         "name": name,
@@ -191,9 +234,52 @@ def _write_manifest(
         "label_ids": list(ranker.label_ids),
         "lexical_view": lexical_view,
         "lattice": lattice.to_json(),
-        "files": files,
+        "files": {path: _stated(part / path) for path in _files(part)},
     }
     write_json(part / MANIFEST, manifest)
+
+
+def _stated(path: Path) -> dict[str, Any]:
+    return {"sha256": sha256_hex(path), "size_bytes": path.stat().st_size}
+
+
+def document_bundle(directory: str | Path, *, card: str, quality: Sequence[Mapping[str, Any]]) -> None:
+    """Puts another card and other measurements into a bundle, in one step; answers and revision stay what they are.
+
+    Raises: InputError when there is no bundle, or its folder cannot be written to.
+    """
+    directory = Path(directory)
+    manifest = _read_manifest(directory)
+    part = directory.parent / f".{directory.name}.{uuid.uuid4().hex}"
+    try:
+        shutil.copytree(directory, part, copy_function=_link)
+        for path in (MANIFEST, *DOCUMENTATION):
+            (part / path).unlink()  # a link: the file itself belongs to the old folder too
+        (part / CARD).write_text(card, encoding="utf-8")
+        write_json(part / QUALITY, list(quality))
+        manifest["files"] |= {path: _stated(part / path) for path in DOCUMENTATION}
+        write_json(part / MANIFEST, manifest)
+        replace_folder(part, directory)
+    except OSError as error:
+        raise InputError(f"cannot write to {directory}: {error.strerror}") from None
+    finally:
+        shutil.rmtree(part, ignore_errors=True)
+
+
+def _link(source: str, target: str) -> None:
+    with contextlib.suppress(OSError):
+        os.link(source, target)
+        return
+    shutil.copy2(source, target)
+
+
+def revision_of(directory: str | Path) -> str:
+    """Twelve hex digits that change with anything that answers depend on. Raises: InputError without a bundle."""
+    manifest = _read_manifest(Path(directory))
+    manifest["files"] = {
+        path: entry for path, entry in manifest["files"].items() if path not in DOCUMENTATION
+    }
+    return hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()[:12]
 
 
 def load_bundle(directory: str | Path, *, dtype: Dtype = "float32") -> Bundle:
@@ -262,13 +348,10 @@ def _load_checked(directory: Path, manifest: Mapping[str, Any], dtype: Dtype) ->
     ]
     if wrong := [f"{left}: {a}, {right}: {b}" for left, a, right, b in pairs if a != b]:
         raise InputError("\n  ".join([f"{directory}: parts do not belong together; export it again", *wrong]))
-    calibration = None
-    if "calibration.json" in manifest["files"]:
-        calibration = IsotonicMap.load(directory / "calibration.json")
     return Bundle(
         directory=directory,
         name=manifest["name"],
-        revision=hashlib.sha256((directory / MANIFEST).read_bytes()).hexdigest()[:12],
+        revision=revision_of(directory),
         index_revision=manifest["files"]["index/embeds.npy"]["sha256"][:12],
         vertical=vertical,
         encoder=encoder,
@@ -277,13 +360,13 @@ def _load_checked(directory: Path, manifest: Mapping[str, Any], dtype: Dtype) ->
         documents=documents,
         index=index,
         lexical_view=manifest["lexical_view"],
-        calibration=calibration,
+        orders=Orders.load(directory / ORDERS),
         lattice=Lattice.from_json(manifest["lattice"]),
         known_answers=[
             KnownAnswer(answer["query"], tuple(answer["documents"]), tuple(answer["scores"]))
             for answer in read_json(directory / "selftest.json", hint="export the bundle again")
         ],
-        quality=read_json(directory / "quality.json", hint="export the bundle again"),
+        quality=read_json(directory / QUALITY, hint="export the bundle again"),
     )
 
 

@@ -15,7 +15,6 @@ from jaxtyping import Bool, Float, Int
 
 from jaxsearch.bundle import SCORE_TOLERANCE, Bundle
 from jaxsearch.errors import InputError
-from jaxsearch.retrieval import NO_DOCUMENT
 from jaxsearch.scoring.packing import Launch, Part, ScoreRequest, longest_first
 from serve.batcher import Batcher, Shareable, Steps
 from serve.plan import LengthLog
@@ -217,14 +216,14 @@ class Engine:
         return Job(*self._embed(texts, is_query))
 
     def retrieve_job(self, query: str, filter_where: Bool[np.ndarray, "c"] | None) -> Job:
-        """Embeds a query and searches the index: (scores, positions), best first, and the search's seconds."""
+        """Embeds a query and searches the index: its embedding, positions best first, and the search's seconds."""
         embedding, tokens = self._embed([query], True)
 
         def steps() -> Steps:
             embeds, _ = yield from embedding
             begun = time.perf_counter()
-            hits = self._search(embeds, filter_where)
-            return hits, time.perf_counter() - begun
+            nearest = self._nearest(embeds[0], filter_where)
+            return embeds[0], nearest, time.perf_counter() - begun
 
         return Job(steps(), tokens)
 
@@ -246,18 +245,16 @@ class Engine:
 
         return steps(), sum(lengths)
 
-    def _search(
-        self, query_embeds: Float[np.ndarray, "1 e"], filter_where: Bool[np.ndarray, "c"] | None
-    ) -> tuple[Float[np.ndarray, "c"], Int[np.ndarray, "c"]]:
-        """Always the same k, so that one program serves every depth; empty places are left out."""
-        hits = self.bundle.index.search(query_embeds, self.num_retrieved, filter_where)
-        is_found = hits.positions[0] != NO_DOCUMENT
-        return hits.scores[0][is_found], hits.positions[0][is_found]
+    def _nearest(
+        self, query_embed: Float[np.ndarray, "e"], filter_where: Bool[np.ndarray, "c"] | None
+    ) -> Int[np.ndarray, "c"]:
+        """Always the same k, so that one program serves every depth."""
+        return self.bundle.searcher.nearest(query_embed, self.num_retrieved, filter_where)
 
     def _self_test(self) -> None:
         """Known answers through the real path. Raises: InputError when one differs."""
         ranker = self.bundle.ranker
-        self._search(self.bundle.encoder.embed_queries(["self-test"]), None)
+        self._nearest(self.bundle.encoder.embed_queries(["self-test"])[0], None)
         for known in self.bundle.known_answers:
             prompt = ranker.request(known.query, list(known.documents))
             scores = ranker.scores(self.scorer.score([ScoreRequest(prompt.prefix, prompt.items)])[0])

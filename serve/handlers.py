@@ -15,9 +15,11 @@ from typing import Any
 
 import numpy as np
 from fastapi import Request
+from scipy.special import expit, softmax
 
 from jaxsearch.errors import InputError
 from jaxsearch.scoring.prefill import ScoreRequest
+from jaxsearch.search.orders import Order
 from serve.batcher import Outcome
 from serve.dialects import AnyEmbedBody, AnyRerankBody, Ranked, embed_kind, rerank_kind
 from serve.engine import Engine, Job, Scored
@@ -33,11 +35,13 @@ from serve.protocol import (
     check_no_token_ids,
     validate,
 )
-from serve.search import Searcher, sigmoid
+from serve.search import SearchService
 
 MAX_REQUEST_TOKENS = 300_000
 CHARACTERS_PER_TOKEN = 4
 """About: what waits to be tokenised is admitted by this, so that a crowd does not wait there instead."""
+MAX_QUERY_CHARACTERS = 32_768
+"""Of a search; the ranker's own limit, where it reads the query, is lower."""
 POLL_SECONDS = 0.25
 """How often a waiting request looks whether its client is still there."""
 
@@ -88,7 +92,7 @@ class Service:
         self.engine = engine
         self.limits = limits
         self.executor = concurrent.futures.ThreadPoolExecutor(max_workers=2, thread_name_prefix="host")
-        self.searcher = Searcher(engine, self.executor)
+        self.searches = SearchService(engine, self.executor)
         self._arriving_tokens = 0
 
     async def score(self, call: Call) -> Reply:
@@ -107,7 +111,7 @@ class Service:
                 raise InputError("token ids need label_token_ids; without them query and items are texts")
             scored, truncated = await self._score_texts(call, body.query, texts)
             raw = self.engine.bundle.ranker.scores(scored.logits)
-            scores = {"scores": sigmoid(raw).tolist(), "logits": raw.tolist(), "truncated": truncated}
+            scores = {"scores": expit(raw).tolist(), "logits": raw.tolist(), "truncated": truncated}
         else:
             if body.apply_softmax is False:
                 message = (
@@ -117,7 +121,7 @@ class Service:
                 raise RequestError(400, message, param="apply_softmax")
             texts = [value for value in (body.query, *body.items) if isinstance(value, str)]
             scored = await self._run(call, await self._host(call, texts, self._raw_job, body))
-            scores = {"scores": softmax(scored.logits).tolist()}
+            scores = {"scores": softmax(scored.logits, axis=-1).tolist()}
         return {**scores, "object": "scoring", "model": self._model, "usage": scored.usage()}
 
     async def _score_pairs(self, call: Call) -> Reply:
@@ -126,7 +130,7 @@ class Service:
         self._check_model(body.model)
         texts = [body.text_2] if isinstance(body.text_2, str) else body.text_2
         scored, _ = await self._score_texts(call, body.text_1, texts)
-        probs = sigmoid(self.engine.bundle.ranker.scores(scored.logits)).tolist()
+        probs = expit(self.engine.bundle.ranker.scores(scored.logits)).tolist()
         data = [{"index": i, "object": "score", "score": prob} for i, prob in enumerate(probs)]
         identity = {"id": f"score-{uuid.uuid4().hex}", "object": "list", "created": int(time.time())}
         return {**identity, "model": self._model, "data": data, "usage": scored.usage()}
@@ -140,7 +144,7 @@ class Service:
         texts = body.texts
         scored, truncated = await self._score_texts(call, body.query, texts)
         raw = self.engine.bundle.ranker.scores(scored.logits)
-        probs = sigmoid(raw)
+        probs = expit(raw)
         ranked = [
             Ranked(index, float(probs[index]), float(raw[index]), texts[index], truncated[index])
             for index in np.argsort(-probs, kind="stable").tolist()
@@ -168,22 +172,27 @@ class Service:
         return body.reply(embeds, model=self._model, tokens=tokens)
 
     async def search(self, call: Call) -> Reply:
-        """`/v1/search`: see `Searcher`."""
+        """`/v1/search`: see `SearchService`."""
         body: SearchBody = call.validated(SearchBody)
         if body.timeout_ms is not None:
             call.end_within(body.timeout_ms)
-        self._check_query(body.query)
+        if self.searches.uses_ranker(body):
+            self._check_query(body.query)
+        if len(body.query) > MAX_QUERY_CHARACTERS:
+            message = f"query has {len(body.query)} characters, at most {MAX_QUERY_CHARACTERS} are allowed; shorten it"
+            raise RequestError(400, message, param="query")
         if body.cursor is None:
-            self._check_room(call, self.searcher.expected_tokens(body))
+            self._check_room(call, self.searches.expected_tokens(body))
 
         async def run(job: Job) -> Outcome:
             return await self._outcome(call, job)
 
-        return await self.searcher.search(body, run)
+        return await self.searches.search(body, run)
 
     def info(self) -> Reply:
         """`/info`: what is served, with which limits, and in which state."""
         engine, bundle = self.engine, self.engine.bundle
+        columns, orders = bundle.searcher.columns, bundle.orders
         return {
             "name": bundle.name,
             "state": engine.state,
@@ -196,13 +205,17 @@ class Service:
             "views": {name: list(fields) for name, fields in bundle.vertical.views.items()},
             "default_view": bundle.ranker.view,
             "examples": list(bundle.vertical.examples),
-            "fields": self.searcher.fields,
-            "columns": self.searcher.columns,
+            "fields": columns.names,
+            "columns": columns.described,
+            "order": orders.default,
+            "order_reason": orders.reason,
+            "orders": [_about_order(order) for order in orders.orders.values()],
+            "rank_depth": orders.rank_depth,
             "quality": bundle.quality,
             "num_documents": len(bundle.documents),
             "embed_dim": bundle.encoder.embed_dim,
             "label_token_ids": list(bundle.ranker.label_ids),
-            "is_calibrated": bundle.calibration is not None,
+            "is_calibrated": orders[orders.default].calibration is not None,
             "num_known_answers": len(bundle.known_answers),
             "num_programs": engine.num_programs,
             "ready_seconds": engine.ready_seconds,
@@ -342,7 +355,7 @@ class Service:
         return waiting.result()
 
 
-def softmax(logits: np.ndarray) -> np.ndarray:
-    """Probabilities over the last axis."""
-    powers = np.exp(logits - logits.max(axis=-1, keepdims=True))
-    return powers / powers.sum(axis=-1, keepdims=True)
+def _about_order(order: Order) -> dict[str, Any]:
+    validation = None if order.validation is None else order.validation._asdict()
+    about = {"name": order.name, "uses_ranker": order.uses_ranker, "sources": list(order.sources)}
+    return about | {"weights": dict(order.weights), "validation_ndcg@10": validation}

@@ -20,7 +20,7 @@ import jax
 import rich.console
 import uvicorn
 
-from jaxsearch.bundle import load_bundle, read_lattice
+from jaxsearch.bundle import load_bundle, read_lattice, serving_dtype
 from jaxsearch.data.assets import cache_dir
 from jaxsearch.errors import InputError
 from serve.engine import Engine
@@ -138,8 +138,7 @@ def _make_engine(options: argparse.Namespace, console: rich.console.Console) -> 
             "warning: on a CPU --kernel is interpreted, which is slow: leave it out", soft_wrap=True
         )
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
-    dtype = options.dtype or ("float32" if jax.default_backend() == "cpu" else "bfloat16")
-    bundle = load_bundle(options.bundle, dtype=dtype)
+    bundle = load_bundle(options.bundle, dtype=options.dtype or serving_dtype())
     if options.lattice is not None:
         bundle = dataclasses.replace(bundle, lattice=load_lattice(options.lattice, bundle.lattice))
     return Engine(

@@ -92,17 +92,18 @@ class OurBody(Body):
 class RetrieveOptions(OurBody):
     """Where candidates come from."""
 
-    sources: list[Literal["embedding", "bm25"]] = ["embedding", "bm25"]
-    """Two sources are fused by reciprocal rank."""
+    sources: list[Literal["embedding", "bm25"]] | None = None
+    """Absent: those that the order reads. One alone gives that source's own order, unless `rank.depth` asks for the
+    ranker."""
     depth: Annotated[int, Field(ge=1, le=MAX_DEPTH)] = 100
     """Candidates of each source, and of all together."""
 
 
 class RankOptions(OurBody):
-    """What orders them."""
+    """Whether and how the ranker sorts them."""
 
-    depth: Annotated[int, Field(ge=0, le=MAX_DEPTH)] = 20
-    """The best candidates, which the ranker scores; 0: retrieval's order stays."""
+    depth: Annotated[int, Field(ge=0, le=MAX_DEPTH)] | None = None
+    """The best candidates, which the ranker scores; 0: no ranker; absent: as `/info` says (`order`, `rank_depth`)."""
     variant: str = "ranker"
     objective: dict[str, float] = {"relevance": 1.0}
 
@@ -119,6 +120,8 @@ class SearchBody(OurBody):
     """Of an earlier reply: the next page of that very list."""
     filter: dict[str, Any] | None = None
     """`and`, `or`: lists of filters; `not`: a filter; or a `field` with one of eq ne in lt lte gt gte exists."""
+    order: str | None = None
+    """One of `orders` in `/info`; absent: the bundle's own, which was best on validation queries."""
     retrieve: RetrieveOptions = RetrieveOptions()
     rank: RankOptions = RankOptions()
     facets: list[str] = []
@@ -220,7 +223,7 @@ def validate(
 
 class RelevanceScore(pydantic.BaseModel):
     raw: float
-    """Yes minus no in logits; 0 is undecided."""
+    """What the order sorts by: a weighted sum of signals, or the ranker's yes minus no in logits."""
     calibrated: float | None
     """A probability; null where the bundle has no calibration."""
 
@@ -233,10 +236,10 @@ class SearchResult(pydantic.BaseModel):
     rank: int
     """From 1, over all pages."""
     score: float | None
-    """Down to `rank.depth` calibrated, or the ranker's probability in a bundle without calibration; null below it; with
-    `rank.depth` 0 that of the fusion."""
+    """The calibrated probability of relevance; in a bundle without calibration the ranker's own, or retrieval's raw
+    score; null below the ranking depth."""
     scores: dict[Literal["relevance"], RelevanceScore]
-    """Empty below `rank.depth`."""
+    """Empty below the ranking depth."""
     fields: dict[str, Any]
     matched: list[Literal["bm25", "embedding"]]
     """The sources that found it."""
@@ -254,6 +257,8 @@ class SearchReply(pydantic.BaseModel):
     """One page."""
     cursor: str | None
     """For the next page; null on the last."""
+    order: str
+    """The order that was used."""
     facets: dict[str, list[dict[str, Any]]]
     """Per field its values among the candidates with their counts, most frequent first."""
     total: int

@@ -4,10 +4,18 @@ import shutil
 import numpy as np
 import pytest
 
-from jaxsearch.bundle import MANIFEST, load_bundle, write_bundle
+from jaxsearch.bundle import MANIFEST, document_bundle, load_bundle, revision_of, write_bundle
 from jaxsearch.errors import InputError
 from jaxsearch.scoring.prefill import ScoreRequest
-from tests.tiny_bundle import DOCUMENTS, change_json, relist, tiny_index, write_parts, write_tiny_bundle
+from tests.tiny_bundle import (
+    DOCUMENTS,
+    ORDERS,
+    change_json,
+    relist,
+    tiny_index,
+    write_parts,
+    write_tiny_bundle,
+)
 
 
 @pytest.fixture(scope="module")
@@ -24,8 +32,7 @@ def test_what_is_written_is_read_back(written):
     bundle = load_bundle(written)
     assert bundle.documents == DOCUMENTS
     assert bundle.index.ids == [document.id for document in DOCUMENTS]
-    assert bundle.calibration is not None
-    assert bundle.calibration.y == (0.1, 0.9)
+    assert bundle.orders == ORDERS
     assert bundle.vertical.name == "jobs"
     assert (written / "MODEL_CARD.md").read_text() == "# tiny\n"
     embeds = bundle.encoder.embed_documents(["Nurse."])
@@ -43,10 +50,38 @@ def test_known_answers_are_what_the_loaded_ranker_says(written):
     np.testing.assert_allclose(bundle.ranker.scores(logits), known.scores, atol=1e-5, rtol=0)
 
 
-def test_the_revision_changes_with_any_content(written, copy):
-    (copy / "MODEL_CARD.md").write_text("# other\n")
+@pytest.mark.parametrize(
+    "path", ["orders.json", "vertical/vertical.toml", "vertical/policy.md", "documents.jsonl"]
+)
+def test_the_revision_changes_with_all_that_answers_depend_on(written, copy, path):
+    (copy / path).write_text((copy / path).read_text() + " ")
     relist(copy)
-    assert load_bundle(copy).revision != load_bundle(written).revision
+    assert revision_of(copy) != revision_of(written)
+
+
+def test_a_bundle_is_documented_in_one_step_and_stays_what_it_is(written, copy):
+    (copy / "programs").mkdir()
+    (copy / "programs" / "one").write_bytes(b"compiled")
+    before = (copy / "documents.jsonl").stat().st_ino
+    document_bundle(copy, card="# measured\n", quality=[{"system": "served", "NDCG@10": 0.5}])
+    bundle = load_bundle(copy)
+    assert (copy / "MODEL_CARD.md").read_text() == "# measured\n"
+    assert bundle.quality == [{"system": "served", "NDCG@10": 0.5}]
+    assert bundle.revision == load_bundle(written).revision
+    assert (copy / "documents.jsonl").stat().st_ino == before
+    assert (copy / "programs" / "one").read_bytes() == b"compiled"
+    assert [path.name for path in copy.parent.iterdir()] == ["bundle"]
+    assert (written / "MODEL_CARD.md").read_text() == "# tiny\n"
+
+
+@pytest.mark.parametrize(
+    "content", ["{", "[]", '{"orders": [], "default": "sum", "reason": "", "rank_depth": 1}']
+)
+def test_broken_orders_are_one_clear_error(copy, content):
+    (copy / "orders.json").write_text(content)
+    relist(copy)
+    with pytest.raises(InputError, match=r"orders\.json holds no orders|unknown order 'sum'"):
+        load_bundle(copy)
 
 
 def test_every_damaged_missing_and_foreign_file_is_named_in_one_error(copy):
@@ -77,7 +112,7 @@ def test_one_flipped_bit_is_found(copy, path):
         ({"encoder_version": "0" * 12}, "the manifest's encoder: 000000000000, the encoder folder"),
         ({"prompt_fingerprint": "0" * 12}, "the manifest's prompt: 000000000000, the ranker's prompt"),
         ({"label_ids": [1, 2]}, r"the manifest's labels: \[1, 2\], the ranker's labels"),
-        ({"format": 99}, "not a bundle of format 3"),
+        ({"format": 99}, "not a bundle of format 4"),
         ({"lexical_view": "long"}, "BM25's view is known: False"),
     ],
 )

@@ -3,11 +3,13 @@
 import dataclasses
 import io
 import json
+import shutil
 
 import numpy as np
 import pytest
 import rich.console
 
+from jaxsearch.bundle import load_bundle
 from jaxsearch.data.records import Collection, Document, Query
 from jaxsearch.errors import InputError
 from jaxsearch.judge import save_judge
@@ -16,11 +18,9 @@ from jaxsearch.retrieval.exact import ExactIndex
 from jaxsearch.retrieval.lexical import Bm25Index
 from jaxsearch.retrieval.scann import ScannIndex
 from tests.tiny_bundle import write_parts
-from tests.tiny_collection import tiny_judge
-from train import evaluate, index, plots, report
-from train.evaluate import FUSED, EvaluateConfig
-
-WORDS = ["bake", "bread", "write", "code", "forge", "iron", "care", "teach", "dig", "paint", "sew", "drive"]
+from tests.tiny_collection import tiny_judge, write_words
+from train import evaluate, export, index, plots, report, report_stages
+from train.evaluate import EvaluateConfig
 
 
 def ranking(*documents):
@@ -79,12 +79,40 @@ def test_a_star_is_for_an_interval_that_excludes_0_and_a_difference_that_can_be_
     assert rows == [["good − poor", shown]]
 
 
-def test_fused_ranker_is_compared_with_bm25_and_its_encoder():
-    systems = ["bm25:full", "bm25:short", "minilm", "encoder", "judge", "ranker", FUSED]
-    pairs = report.comparison_pairs(systems, "bm25:short")
+def test_what_is_served_is_compared_with_everything():
+    systems = ["bm25:full", "minilm", "encoder", "sum", "judge", "ranker", "served"]
+    pairs = report.comparison_pairs(systems, "sum")
     assert len(pairs) == len(set(pairs))
-    assert {(FUSED, "bm25:full"), (FUSED, "bm25:short"), (FUSED, "encoder"), (FUSED, "ranker")} <= set(pairs)
-    assert {(system, "bm25:short") for system in systems} - {("bm25:short", "bm25:short")} <= set(pairs)
+    assert {("served", system) for system in systems[:-1]} <= set(pairs)
+    assert {(system, "sum") for system in systems} - {("sum", "sum")} <= set(pairs)
+
+
+def test_the_ceiling_of_a_first_stage_is_the_best_order_of_what_it_found():
+    qrels = {"q": {"a": 4, "b": 2, "c": 3}}
+    run = {"q": ranking(*[f"x{i}" for i in range(25)], "a", "b")}
+    row = report_stages.first_stage_rows({"one": run}, qrels, threshold=2)[0]
+    assert (row["recall@20"], row["ceiling@20"]) == (0, 0)
+    assert row["recall@40"] == pytest.approx(2 / 3)
+    by_hand = (4 + 2 / np.log2(3)) / (4 + 3 / np.log2(3) + 2 / 2)
+    assert row["ceiling@40"] == row["ceiling@100"] == pytest.approx(by_hand)
+
+
+def test_systems_by_kind_of_query():
+    documents = {key: Document(key, {"title": key}) for key in "abu"}
+    queries = {key: Query(key, "?") for key in QRELS}
+    kinds = {"q1": "role", "q2": "place"}
+    collection = Collection("x", queries, documents, QRELS, {}, query_kinds=kinds)
+    rows = report_stages.kind_rows({"good": GOOD, "poor": POOR}, QRELS, collection, threshold=2)
+    assert [(row["kind"], row["queries"]) for row in rows] == [("place", 1), ("role", 1)]
+    assert rows[0]["systems"]["good"]["value"] == pytest.approx(1.0)
+    text = report_stages.stage_markdown({"kinds": rows})
+    assert "| NDCG@10 by kind of query | place (1) | role (1) |" in text
+    assert (
+        report_stages.kind_rows(
+            {"good": GOOD}, QRELS, dataclasses.replace(collection, query_kinds={}), threshold=2
+        )
+        == []
+    )
 
 
 @pytest.mark.parametrize(
@@ -140,7 +168,7 @@ def test_a_kappa_that_rounds_to_0_has_no_sign():
     documents = {"a": Document("a", {"title": "A"})}
     collection = Collection("x", {"q": Query("q", "?")}, documents, {}, {"q": "test"})
     judge = {"weighted_kappa": (-1e-4, -2e-4, 1e-4), "num_pairs": 3}
-    notes = evaluate.notes_of(EvaluateConfig(), collection, 2, {"judge": judge})
+    notes = evaluate.notes_of(EvaluateConfig(), collection, 2, {"judge": judge, "rank_depth": 3})
     assert "weighted kappa 0.000 [0.000, 0.000], 3 pairs" in notes[-1]
 
 
@@ -190,33 +218,12 @@ def parts(tmp_path_factory):
     root = tmp_path_factory.mktemp("parts")
     folders = write_parts(root)
     save_judge(root / "judge", tiny_judge(folders), trained={})
-    rng = np.random.default_rng(0)
-    texts = [" ".join(rng.choice(WORDS, 3, replace=False)) for _ in range(40)]
-    queries = [" ".join(rng.choice(WORDS, 2, replace=False)) for _ in range(24)]
-    files = {
-        "documents": [
-            {"id": f"d{number:02}", "title": text, "tasks": [f"{WORDS[number % 12]} often."]}
-            for number, text in enumerate(texts)
-        ],
-        "queries": [
-            {"id": f"q{number:02}", "text": text, "split": ("test", "test", "validation")[number % 3]}
-            for number, text in enumerate(queries)
-        ],
-        "grades": [
-            {
-                "query_id": f"q{q:02}",
-                "document_id": f"d{d:02}",
-                "grade": 2 * len(set(query.split()) & set(text.split())),
-            }
-            for q, query in enumerate(queries)
-            for d, text in enumerate(texts)
-        ],
-    }
-    collection = root / "collection"
-    collection.mkdir()
-    for name, rows in files.items():
-        (collection / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return {**folders, "judge": root / "judge", "collection": collection}
+    collection = write_words(root / "collection")
+    made_of = {key: str(folders[key]) for key in ("encoder", "vertical")} | {"collection": str(collection)}
+    index.main(index.IndexConfig(**made_of), root)
+    made_of |= {"ranker": str(folders["ranker"]), "index": str(root / "index")}
+    export.main(export.ExportConfig(rank_depth=6, max_batch_tokens=256, **made_of), root)
+    return {**folders, "judge": root / "judge", "collection": collection, "bundle": root / "bundle"}
 
 
 def parts_version(parts, kind):
@@ -225,14 +232,12 @@ def parts_version(parts, kind):
 
 def config_of(parts, **changes):
     options = {
-        "encoder": str(parts["encoder"]),
+        "bundle": str(parts["bundle"]),
         "judge": str(parts["judge"]),
-        "ranker": str(parts["ranker"]),
         "retriever": str(parts["encoder"]),
         "other_rankers": (f"twin={parts['ranker']}",),
         "collection": str(parts["collection"]),
         "vertical": str(parts["vertical"]),
-        "depth": 6,
         "judge_queries": 5,
         "num_samples": 100,
     }
@@ -243,17 +248,39 @@ def test_launcher_writes_the_table_of_every_system(parts, tmp_path, capsys):
     evaluate.main(config_of(parts), tmp_path)
     stated = json.loads((tmp_path / "report.json").read_text())
     everything, subset = stated["groups"]
-    systems = ["bm25:short", "bm25:full", "minilm", "encoder", "ranker", FUSED, "twin"]
+    systems = [
+        "bm25:short",
+        "bm25:full",
+        "minilm",
+        "encoder",
+        "rrf",
+        "sum",
+        "ranker",
+        "sum+ranker",
+        "served",
+        "twin",
+    ]
     assert (everything["num_queries"], subset["num_queries"]) == (16, 5)
     means, own = (part["columns"]["all"]["means"] for part in (everything, subset))
     assert list(means) == systems
     assert set(own) == {*systems, "judge"}
     # grades count shared words of the titles, so words alone find them all, and random weights do not
-    assert means["bm25:short"]["ndcg@10"] > 0.9 > means["ranker"]["ndcg@10"]
-    assert means["encoder"] == means["minilm"]
+    assert means["bm25:short"]["ndcg@10"] > 0.95 > means["ranker"]["ndcg@10"]
+    assert means["encoder"] == pytest.approx(means["minilm"])
     assert means["twin"] == means["ranker"]
-    assert means["ranker"]["recall@100"] == means["encoder"]["recall@100"]
+    assert means["ranker"]["recall@100"] == means["sum"]["recall@100"]
     notes = stated["notes"]
+    assert means["served"] == means["bm25:short" if notes["order"] == "bm25" else notes["order"]]
+    assert (
+        means["served"]["ndcg@10"]
+        >= max(means[part]["ndcg@10"] for part in ("bm25:short", "encoder", "sum")) - 0.005
+    )
+    stages = {row["system"]: row for row in notes["first_stage"]}
+    assert set(stages) == {"bm25:short", "bm25:full", "minilm", "encoder", "rrf", "sum"}
+    assert all(
+        row["ceiling@40"] >= row["ceiling@20"] >= means[name]["ndcg@10"] for name, row in stages.items()
+    )
+    assert [(row["kind"], row["queries"]) for row in notes["kinds"]] == [("even", 8), ("odd", 8)]
     assert notes["data"] in notes["text"][0]
     assert notes["models"] == {
         "encoder": parts_version(parts, "encoder"),
@@ -261,13 +288,18 @@ def test_launcher_writes_the_table_of_every_system(parts, tmp_path, capsys):
     }
     assert not any("last row" in line for line in notes["text"])
     assert notes["judge"]["num_pairs"] == 30
-    assert 0.0 <= notes["fusion"][0] <= 1.0
+    bundle = load_bundle(parts["bundle"])
+    assert notes["bundle"] == bundle.revision
+    assert bundle.quality == report.quality_rows(stated)
+    card = (parts["bundle"] / "MODEL_CARD.md").read_text()
+    assert f"| served | {means['served']['ndcg@10']:.3f} |" in card.replace("| 1.0 |", "| 1.000 |")
+    assert card.count("\n## Quality\n") == card.count("\n## Calibration\n") == card.count("\n## Order\n") == 1
     assert (tmp_path / "report.md").read_text().startswith("# jobs: test queries")
     assert _png_size(tmp_path / "report.png")[0] > 500
     assert "report.png" in capsys.readouterr().out
     page = (tmp_path / "report.html").read_text()
     assert all(f"<td>{system}</td>" in page for system in [*systems, "judge"])
-    assert f"Queries that {FUSED} ranks best and worst" in page
+    assert "Queries that served ranks best and worst" in page
     assert 'src="http' not in page
     console = rich.console.Console(file=io.StringIO(), width=100)
     console.print(report.compact(stated))
@@ -276,13 +308,25 @@ def test_launcher_writes_the_table_of_every_system(parts, tmp_path, capsys):
     assert rows["ranker"][1] == f"{means['ranker']['ndcg@10']:.3f}".removeprefix("0")
 
 
-def test_launcher_without_an_encoder_folder_starts_from_the_retriever(parts, tmp_path):
-    systems = ("bm25:short", "minilm", "ranker")
-    config = config_of(parts, encoder="", systems=systems, num_queries=4, other_rankers=())
+def test_launcher_without_a_bundle_has_the_rows_that_need_none(parts, tmp_path):
+    systems = ("bm25:short", "minilm")
+    config = config_of(parts, bundle="", systems=systems, num_queries=4, other_rankers=())
     evaluate.main(config, tmp_path)
     stated = json.loads((tmp_path / "report.json").read_text())
     assert [group["num_queries"] for group in stated["groups"]] == [4]
     assert list(stated["groups"][0]["columns"]["all"]["means"]) == list(systems)
+
+
+def test_a_bundle_of_other_data_or_another_vertical_is_refused(parts, tmp_path):
+    other = shutil.copytree(parts["collection"], tmp_path / "collection")
+    with (other / "documents.jsonl").open("a") as file:
+        file.write('{"id": "new", "title": "new", "tasks": []}\n')
+    with pytest.raises(InputError, match="was made from other data"):
+        evaluate.main(config_of(parts, collection=str(other)), tmp_path)
+    vertical = shutil.copytree(parts["vertical"], tmp_path / "vertical")
+    (vertical / "policy.md").write_text("Grade 0.")
+    with pytest.raises(InputError, match="was made with another vertical"):
+        evaluate.main(config_of(parts, vertical=str(vertical)), tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -290,13 +334,19 @@ def test_launcher_without_an_encoder_folder_starts_from_the_retriever(parts, tmp
     [
         ({"systems": ("bm25:long",)}, "no view 'long': set systems=bm25:<view> to short or full"),
         ({"systems": ("bm26",)}, "unknown system 'bm26': set systems to some of bm25:short"),
-        ({"ranker": ""}, "system 'ranker' needs a folder: set ranker=DIR"),
+        ({"bundle": ""}, "system 'encoder' needs bundle: set bundle="),
+        ({"bundle": "", "systems": ("bm25",)}, "other_rankers sort what a bundle finds"),
+        ({"systems": ("server",)}, "system 'server' needs server"),
+        ({"server": "http://127.0.0.1:9"}, "does not answer .*: start python -m serve.main"),
         (
             {"baseline": "judge"},
             "baseline 'judge' must be .*: set baseline to bm25:short or bm25:full or minilm",
         ),
         ({"systems": ("judge",)}, "add one to systems, for example bm25"),
-        ({"systems": ("judge", "encoder")}, "baseline 'bm25:short' must be .*: set baseline to encoder"),
+        (
+            {"systems": ("judge", "encoder"), "baseline": "sum"},
+            "baseline 'sum' must be .*: set baseline to encoder",
+        ),
         ({"other_rankers": ("twin",)}, "write name=folder"),
         ({"other_rankers": ("minilm=x",)}, "is a system already"),
         ({"split": "other"}, "no queries in split"),

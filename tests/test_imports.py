@@ -31,7 +31,8 @@ FLOORS = {
     "ranker": 2,
     "retrieval": 3,
     "scoring": 3,
-    "bundle": 4,
+    "search": 4,
+    "bundle": 5,
 }
 SAME_FLOOR = {(model, "checkpoints") for model in ("encoder", "judge", "ranker")}
 """A model reads and writes its own folder; otherwise root modules of one floor are strangers."""

@@ -121,7 +121,8 @@ def test_the_layer_that_goes_is_the_one_that_the_answers_need_least(world):
         kernel[...] = kernel[...].at[0].set(0.0)
     collection, vertical = load_data(config)
     retriever = prune.load_retriever(config.retriever)
-    prompts = prune.calibration_prompts(config, ranker, collection, vertical, retriever)
+    stage = prune.open_first_stage(collection, vertical, retriever, view=ranker.view)
+    prompts = prune.calibration_prompts(config, ranker, collection, vertical, stage)
     kept, dropped = prune.find_layers(config, ranker, prompts)
     assert kept == [1]
     assert dropped[0].damage == pytest.approx(0.0, abs=1e-6)
@@ -131,7 +132,8 @@ def test_calibration_counts_every_computed_token_once(world):
     config, ranker = prune_config(world), load_ranker(world["ranker"])
     collection, vertical = load_data(config)
     retriever = prune.load_retriever(config.retriever)
-    prompts = prune.calibration_prompts(config, ranker, collection, vertical, retriever)
+    stage = prune.open_first_stage(collection, vertical, retriever, view=ranker.view)
+    prompts = prune.calibration_prompts(config, ranker, collection, vertical, stage)
     assert [len(prompt.items) for prompt in prompts] == [4] * 4
     batches = list(prune.packed_batches(prompts, pad_id=0, longest=144, pieces=2))
     expected = sum(len(prompt.prefix) + sum(map(len, prompt.items)) for prompt in prompts)

@@ -26,7 +26,8 @@ from train import judge as judge_trainer
 from train import label as labeller
 from train import prune
 from train import ranker as ranker_trainer
-from train.inputs import load_data, load_retriever, mine, offline_scorer
+from train.first_stage import open_first_stage
+from train.inputs import load_data, load_retriever, offline_scorer
 from train.loop import LoopConfig
 from train.step import OptimizerConfig
 from train.teachers import OnlineTeacher, Taught, TaughtLoss
@@ -216,7 +217,8 @@ def test_hard_negatives_replace_random_ones_as_the_ranker_learns(world):
     ranker = load_ranker(world["ranker"])
     collection, vertical = load_data(config, needs=("train",))
     queries = collection.split("train")
-    mined = mine(load_retriever(config.retriever), collection, queries, vertical, view=config.view, depth=3)
+    stage = open_first_stage(collection, vertical, load_retriever(config.retriever), view=config.view)
+    mined = stage.mine(queries, depth=3)
     data = ranker_trainer.RankerData(ranker, collection, vertical, mined, [], config)
     sampler = data.sampler
     hard = {key: [one for keys in sampler.buckets(key).values() for one in keys] for key in data.queries}

@@ -17,6 +17,7 @@ from jaxsearch.nn.bert import Bert, BertConfig
 from jaxsearch.nn.transformer import Decoder, DecoderConfig
 from jaxsearch.ranker import new_ranker, save_ranker
 from jaxsearch.retrieval.exact import ExactIndex
+from jaxsearch.search.orders import UNFITTED, Order, Orders
 
 SPECIAL = ("<|im_start|>", "<|im_end|>", "<unk>")
 RANKER_PROMPT = """<|im_start|>user
@@ -38,6 +39,9 @@ DOCUMENTS = [
     Document("smith", {"title": "Smith\u2028of iron", "tasks": ["Forge iron."], "pay": 40, "remote": False}),
 ]
 MAX_ITEM_TOKENS = 64
+RANKER_ORDER = Order("ranker", {"ranker": 1.0}, calibration=IsotonicMap((-1.0, 1.0), (0.1, 0.9)))
+ORDERS = Orders({order.name: order for order in (*UNFITTED, RANKER_ORDER)}, "ranker", "Served: ranker.", 20)
+"""The ranker sorts, since the tests of the server are about it."""
 
 
 def tiny_tokenizer() -> Tokenizer:
@@ -144,7 +148,7 @@ def write_tiny_bundle(root: Path) -> Path:
         index=tiny_index(parts),
         lexical_view="full",
         max_batch_tokens=256,
-        calibration=IsotonicMap((-1.0, 1.0), (0.1, 0.9)),
+        orders=ORDERS,
         triples=[("bake bread", "Baker", "Nurse"), ("bake bread", "Nurse", "Baker")],
         model_card="# tiny\n",
     )

@@ -3,6 +3,7 @@
 import json
 from pathlib import Path
 
+import numpy as np
 from flax import nnx
 
 from jaxsearch.data.prompts import PromptEncoder, PromptTemplate
@@ -11,6 +12,7 @@ from jaxsearch.nn.transformer import Decoder
 from jaxsearch.ranker import load_ranker
 from tests.tiny_bundle import JUDGE_PROMPT
 
+WORDS = ["bake", "bread", "write", "code", "forge", "iron", "care", "teach", "dig", "paint", "sew", "drive"]
 TOPICS = ("bread", "code", "iron", "wine", "law", "paint")
 
 
@@ -29,6 +31,41 @@ def write_collection(folder: Path) -> Path:
             for i, split in enumerate(splits)
         ]
     for name, rows in (("documents", documents), ("queries", queries), ("grades", grades)):
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return folder
+
+
+def write_words(folder: Path) -> Path:
+    """Forty documents of three words and 24 queries of two, of two kinds, graded by the words that they share."""
+    folder.mkdir(parents=True)
+    rng = np.random.default_rng(0)
+    texts = [" ".join(rng.choice(WORDS, 3, replace=False)) for _ in range(40)]
+    queries = [" ".join(rng.choice(WORDS, 2, replace=False)) for _ in range(24)]
+    files = {
+        "documents": [
+            {"id": f"d{number:02}", "title": text, "tasks": [f"{WORDS[number % 12]} often."]}
+            for number, text in enumerate(texts)
+        ],
+        "queries": [
+            {
+                "id": f"q{number:02}",
+                "text": text,
+                "split": ("test", "test", "validation")[number % 3],
+                "kind": ("even", "odd")[number % 2],
+            }
+            for number, text in enumerate(queries)
+        ],
+        "grades": [
+            {
+                "query_id": f"q{q:02}",
+                "document_id": f"d{d:02}",
+                "grade": 2 * len(set(query.split()) & set(text.split())),
+            }
+            for q, query in enumerate(queries)
+            for d, text in enumerate(texts)
+        ],
+    }
+    for name, rows in files.items():
         (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     return folder
 

@@ -13,25 +13,28 @@ from jaxsearch.data.records import Collection
 from jaxsearch.data.verticals import Vertical
 from jaxsearch.ranker import TextRanker
 from jaxsearch.scoring.prefill import PrefillScorer, ScoreRequest
+from jaxsearch.search.orders import Orders
 from train.report import quality_rows
 from train.speed import spread, timed
 
+QUALITY = "## Quality"
 SPEED_ITEMS = 50
 SPEED_REPEATS = 5
 
 
 @dataclasses.dataclass(frozen=True)
 class CardFacts:
-    """What a card is written from; `report` is that of train.evaluate, empty where there is none."""
+    """What a card is written from."""
 
     name: str
     collection: Collection
     vertical: Vertical
     models: Mapping[str, Mapping[str, Any]]
     """Cards of the model folders by kind."""
+    orders: Orders
     calibration: Mapping[str, float | int]
+    """Of the served order."""
     speed: Mapping[str, Any]
-    report: Mapping[str, Any]
 
 
 def measure_speed(
@@ -64,7 +67,8 @@ def model_card(facts: CardFacts) -> str:
         if other := trained_elsewhere(card, facts.collection, facts.vertical):
             lines += [f"This {kind} {other}.", ""]
         lines += [f"- {key}: {value}" for key, value in _flat(card.get("trained", {})).items()]
-    lines += ["", "## Quality", "", *_quality(facts)]
+    lines += ["", "## Order", "", *_orders(facts.orders)]
+    lines += ["", QUALITY, "", "Not measured yet: train.evaluate does, and writes it here."]
     lines += ["", "## Calibration", ""]
     lines += [f"- {key}: {value}" for key, value in facts.calibration.items()] or ["None was fitted."]
     lines += ["", "## Speed", ""]
@@ -101,17 +105,64 @@ def _fingerprints(facts: CardFacts) -> str:
     return f"data {facts.collection.fingerprint()}, vertical {facts.vertical.name} {facts.vertical.fingerprint()}"
 
 
-def _quality(facts: CardFacts) -> list[str]:
-    if not facts.report:
-        return ["Not measured: export was given no report of train.evaluate."]
-    group, rows = facts.report["groups"][0], quality_rows(facts.report)
-    header = list(rows[0])
-    table = ["| " + " | ".join(header) + " |", "| --- |" + " ---: |" * (len(header) - 1)]
-    table += ["| " + " | ".join("" if v is None else str(v) for v in row.values()) + " |" for row in rows]
+def order_rows(orders: Orders) -> list[dict[str, Any]]:
+    """A row per order: its weights, and its NDCG@10 on validation queries with the interval, None where unmeasured."""
+    rows = []
+    for order in orders.orders.values():
+        value, low, high = order.validation or (None, None, None)
+        rows.append(
+            {
+                "order": order.name,
+                "weights": {signal: round(weight, 4) for signal, weight in order.weights.items()},
+                "NDCG@10": None if value is None else round(value, 4),
+                "low": None if low is None else round(low, 4),
+                "high": None if high is None else round(high, 4),
+            }
+        )
+    return rows
+
+
+def _orders(orders: Orders) -> list[str]:
+    rows = [
+        row | {"weights": ", ".join(f"{k} {v:g}" for k, v in row["weights"].items())}
+        for row in order_rows(orders)
+    ]
     return [
+        orders.reason,
+        "",
+        "NDCG@10 on validation queries and seen documents, with 95 % intervals; fitted weights are cross-fitted.",
+        "",
+        *_table(rows),
+    ]
+
+
+def with_quality(card: str, report: Mapping[str, Any]) -> str:
+    """The card with what train.evaluate measured in the place of its section on quality.
+
+    Args: `report` is what train.evaluate wrote.
+    """
+    group = report["groups"][0]
+    lines = [
+        QUALITY,
+        "",
         f"{group['num_queries']} {group['name']}; intervals are 95 %, by bootstrap over queries.",
         "",
-        *table,
+        *_table(quality_rows(report)),
+        "",
+        "",
+    ]
+    before, _, rest = card.partition(QUALITY)
+    _, heading, after = rest.partition("\n## ")
+    return before + "\n".join(lines).removesuffix("\n") + heading.removeprefix("\n") + after
+
+
+def _table(rows: Sequence[Mapping[str, Any]]) -> list[str]:
+    header = list(rows[0])
+    cells = [["" if value is None else str(value) for value in row.values()] for row in rows]
+    return [
+        "| " + " | ".join(header) + " |",
+        "| --- |" + " ---: |" * (len(header) - 1),
+        *("| " + " | ".join(row) + " |" for row in cells),
     ]
 
 

@@ -186,7 +186,8 @@ def show_answer(console: rich.console.Console, question: str, answer: dict[str, 
         table.add_column(column, justify="left" if column == "document" else "right")
     for result in answer["results"]:
         title = result["fields"].get("title", result["id"])
-        table.add_row(str(result["rank"]), f"{result['score']:.3f}", f"{title} ({result['id']})")
+        score = "" if result["score"] is None else f"{result['score']:.3f}"
+        table.add_row(str(result["rank"]), score, f"{title} ({result['id']})")
     console.print(table)
     stages = ", ".join(f"{name} {value:.0f} ms" for name, value in answer["timings_ms"].items())
     console.print(f"timings: {stages}", highlight=False)
@@ -227,7 +228,10 @@ def main(config: PipelineConfig, workdir: Path) -> None:
     console.rule("[bold]results[/]", align="left")
     report = workdir / "evaluate" / "report.json"
     if report.exists():
-        console.print(compact(read_object(report)))
+        written = read_object(report)
+        console.print(compact(written))
+        if reason := written["notes"].get("order_reason"):
+            console.print(reason, highlight=False, soft_wrap=True)
         console.print(
             f"the whole of it: {report.with_suffix('.html')}, {report.with_suffix('.md')}", highlight=False
         )

@@ -1,6 +1,6 @@
 """What launchers start from: the collection, candidates that a retriever finds, pairs, a scorer.
 
-Mined runs are a function of the encoder folder and the view; nothing is cached, since embedding is the cheap stage.
+Mined runs are a function of the encoder folder and the vertical; nothing is cached, since embedding is the cheap stage.
 """
 
 import sys
@@ -14,7 +14,7 @@ from jaxsearch.buckets import Lattice
 from jaxsearch.checkpoints import read_card
 from jaxsearch.data.assets import licence_of, resolve
 from jaxsearch.data.batches import CandidateSampler
-from jaxsearch.data.records import Collection, FieldValue, Query, Run
+from jaxsearch.data.records import Collection, FieldValue, Qrels, Query, Run
 from jaxsearch.data.sources import load_collection
 from jaxsearch.data.verticals import Vertical, load_vertical
 from jaxsearch.encoder import TextEncoder, load_encoder
@@ -24,7 +24,10 @@ from jaxsearch.metrics import rank_metrics, restrict
 from jaxsearch.nn.convert import load_pretrained
 from jaxsearch.nn.transformer import Decoder
 from jaxsearch.ranker import TextRanker
+from jaxsearch.retrieval import to_run
+from jaxsearch.retrieval.exact import ExactIndex
 from jaxsearch.scoring.prefill import PrefillScorer
+from train.first_stage import FirstStage
 
 
 class DataConfig(Protocol):
@@ -144,46 +147,38 @@ def mine(
     *,
     view: str,
     depth: int,
-    seen_only: bool = True,
 ) -> Run:
-    """The encoder's best `depth` documents for each query, with cosine scores.
+    """The encoder's own best `depth` seen documents for each query, with cosine scores.
 
-    Args: `seen_only` leaves out the unseen documents, as every training use must.
+    An encoder learns from its own errors; all else mines with the whole first stage (`FirstStage.mine`).
     """
-    keys = [key for key in collection.documents if not (seen_only and key in collection.unseen_documents)]
+    keys = [key for key in collection.documents if key not in collection.unseen_documents]
     texts = [vertical.document_text(collection.documents[key], view) for key in keys]
-    embeds, documents = (
-        encoder.embed_queries([query.text for query in queries]),
-        encoder.embed_documents(texts),
-    )
-    depth = min(depth, len(keys))
-    mined: Run = {}
-    for query, embed in zip(queries, embeds, strict=True):
-        scores = documents @ embed
-        best = np.argpartition(-scores, depth - 1)[:depth]
-        mined[query.id] = {keys[j]: float(scores[j]) for j in best}
-    return mined
+    index = ExactIndex(encoder.embed_documents(texts), keys)
+    hits = index.search(encoder.embed_queries([query.text for query in queries]), min(depth, len(keys)))
+    return to_run(hits, [query.id for query in queries], keys)
 
 
 def sample_pairs(
-    collection: Collection,
-    vertical: Vertical,
-    retriever: TextEncoder,
+    stage: FirstStage,
     *,
     split: str,
     num_queries: int,
     per_query: int,
-    view: str,
     depth: int,
     random_share: float,
     seed: int,
     is_graded: bool,
 ) -> list[tuple[str, str]]:
-    """(query id, document id) of all grades for some queries of a split, seen documents only; fixed by the seed."""
-    queries = collection.split(split, is_graded=is_graded)
+    """(query id, document id) of all grades for some queries of a split, seen documents only; fixed by the seed.
+
+    Hard ones are among the first stage's best `depth`.
+    """
+    queries = stage.collection.split(split, is_graded=is_graded)
     chosen = [queries[i] for i in np.random.default_rng(seed).permutation(len(queries))[:num_queries]]
-    mined = mine(retriever, collection, chosen, vertical, view=view, depth=depth)
-    sampler = CandidateSampler(collection, threshold=vertical.relevant_threshold, mined=mined)
+    sampler = CandidateSampler(
+        stage.collection, threshold=stage.threshold, mined=stage.mine(chosen, depth=depth)
+    )
     return [
         (query.id, key)
         for number, query in enumerate(chosen)
@@ -191,6 +186,18 @@ def sample_pairs(
             query.id, per_query, np.random.default_rng((seed, number)), random_share=random_share
         )
     ]
+
+
+def draw(queries: Sequence[Query], count: int, seed: int) -> list[Query]:
+    """`count` of the queries, fixed by the seed, in their own order; 0 or too many gives all."""
+    if not 0 < count < len(queries):
+        return list(queries)
+    chosen = np.random.default_rng(seed).permutation(len(queries))[:count]
+    return [queries[position] for position in sorted(chosen)]
+
+
+def qrels_of(collection: Collection, queries: Sequence[Query]) -> Qrels:
+    return {query.id: collection.qrels.get(query.id, {}) for query in queries}
 
 
 def pair_texts(

@@ -33,6 +33,7 @@ from jaxsearch.metrics import kappa_interval
 from jaxsearch.nn.lora import LoRAParam, add_lora, merge_lora
 from jaxsearch.scoring.prefill import ScoreRequest
 from train.config import Count, Rate, Share
+from train.first_stage import open_first_stage
 from train.inputs import (
     load_base,
     load_data,
@@ -67,7 +68,7 @@ class JudgeConfig:
     base: str = "smollm2"
     """Asset, hub name or folder of the decoder."""
     retriever: str = "minilm"
-    """Whose best documents become hard negatives."""
+    """The encoder of the first stage, whose best documents become hard negatives."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Of the computation; the weights that are trained stay float32."""
     use_remat: bool = False
@@ -79,7 +80,7 @@ class JudgeConfig:
     """Regular expression over the paths of the kernels that get an adapter."""
     pairs_per_query: Count = 8
     mined_depth: Count = 30
-    """How many of the retriever's best documents are looked at for hard negatives."""
+    """How many of the first stage's best documents are looked at for hard negatives."""
     random_share: Share = 0.5
     """Of a train query's documents below the threshold, how many are random instead of graded or mined ones."""
     batch_pairs: Count = 16
@@ -172,17 +173,16 @@ def main(config: JudgeConfig, workdir: Path) -> None:
         rngs=nnx.Rngs(config.seed),
     )
 
+    stage = open_first_stage(collection, vertical, retriever, view=config.view)
+
     def sample(
         split: str, num_queries: int, random_share: float
     ) -> tuple[list[tuple[str, str]], list[int], list[str]]:
         pairs = sample_pairs(
-            collection,
-            vertical,
-            retriever,
+            stage,
             split=split,
             num_queries=num_queries,
             per_query=config.pairs_per_query,
-            view=config.view,
             depth=config.mined_depth,
             random_share=random_share,
             seed=config.seed,

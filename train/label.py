@@ -24,6 +24,7 @@ from jaxsearch.files import read_object, write_json
 from jaxsearch.judge import TextJudge, expected_grade, grade_probs, load_judge, soft_label
 from jaxsearch.scoring.prefill import PrefillScorer, ScoreRequest
 from train.config import Count, Share
+from train.first_stage import open_first_stage
 from train.inputs import load_data, load_retriever, offline_scorer, pair_texts, sample_pairs
 from train.options import progress, run, say
 from train.workdir import claim
@@ -44,10 +45,10 @@ class LabelConfig:
     pairs: str = ""
     """JSONL or Parquet with query_id and document_id; empty: pairs of train queries are drawn as below."""
     retriever: str = "minilm"
-    """Whose best documents become hard negatives."""
+    """The encoder of the first stage, whose best documents become hard negatives."""
     num_queries: Count = 310
     per_query: Count = 8
-    """Documents of all grades for a query: graded ones, the retriever's best, random ones."""
+    """Documents of all grades for a query: graded ones, the first stage's best, random ones."""
     mined_depth: Count = 30
     random_share: Share = 0.25
     """Of the documents below the threshold, how many are random ones instead of graded or mined ones."""
@@ -151,14 +152,12 @@ def main(config: LabelConfig, workdir: Path) -> None:
         if notice:
             say(notice)
     else:
+        retriever = load_retriever(config.retriever)
         pairs = sample_pairs(
-            collection,
-            vertical,
-            load_retriever(config.retriever),
+            open_first_stage(collection, vertical, retriever, view=judge.view),
             split="train",
             num_queries=config.num_queries,
             per_query=config.per_query,
-            view=judge.view,
             depth=config.mined_depth,
             random_share=config.random_share,
             seed=config.seed,

@@ -2,8 +2,8 @@
 
     python -m train.ladder --config configs/ladder.py --workdir work/ladder
 
-A request is a query with the retriever's best documents; a rung is a way to score it, from texts to scores. Rungs that
-compute the same must agree. Each is timed on requests back to back, the rungs taking turns. The highest rate of
+A request is a query with the first stage's best documents; a rung is a way to score it, from texts to scores. Rungs
+that compute the same must agree. Each is timed on requests back to back, the rungs taking turns. The highest rate of
 independent clients that meets a service level (SLO, p99) is simulated from those times and then tried for real. Torch
 has its rungs where it is installed: `make ladder`. Writes `report.json`, `report.md` and a picture.
 """
@@ -30,8 +30,8 @@ from jaxsearch.metrics import bootstrap_ci, paired_bootstrap
 from jaxsearch.ranker import TextRanker
 from jaxsearch.scoring import load
 from train.config import Bound, Count, Rate
-from train.evaluate import draw
-from train.inputs import check_view, load_data, load_retriever, mine
+from train.first_stage import open_first_stage
+from train.inputs import check_view, draw, load_data, load_retriever
 from train.ladder_report import in_ratios, markdown
 from train.memory import added_bytes
 from train.options import progress, run, say
@@ -67,7 +67,7 @@ class LadderConfig:
     ranker: str = "work/demo/ranker/model"
     """Folder of the ranker; it reads the view that it was trained on, its full text here."""
     retriever: str = "work/demo/encoder/model"
-    """Asset, hub name or folder of the encoder that finds a query's documents."""
+    """Asset, hub name or folder of the first stage's encoder, which finds a query's documents beside BM25."""
     collection: str = "onet_activities"
     """A built-in collection or the folder of your own (BEIR, JSONL, Parquet)."""
     skip_bad_lines: bool = False
@@ -87,7 +87,7 @@ class LadderConfig:
     num_queries: Count = 100
     """Test queries that NDCG@10 is measured on, drawn by the seed."""
     depth: Count = 10
-    """Documents of a request: the retriever's best."""
+    """Documents of a request: the first stage's best."""
     timed_queries: Count = 20
     """Of the queries, those whose scoring is timed."""
     repeats: Annotated[int, Bound(3)] = 3
@@ -290,9 +290,8 @@ def main(config: LadderConfig, workdir: Path) -> None:
         check_view(collection, vertical, config.short_view, field="short_view")
     queries = draw(collection.split("test"), config.num_queries, config.seed)
     retriever = load_retriever(config.retriever)
-    candidates = mine(
-        retriever, collection, queries, vertical, view=config.view, depth=config.depth, seen_only=False
-    )
+    first_stage = open_first_stage(collection, vertical, retriever, view=config.view)
+    candidates = first_stage.mine(queries, depth=config.depth, seen_only=False)
     stage = Stage(collection, vertical, queries, candidates)
     if sentence := left_out():
         say(sentence)

@@ -29,6 +29,8 @@ from train.workdir import alone
 
 EXIT_INPUT_ERROR = 2
 EXIT_INTERRUPTED = 130
+FLAGS = {"skip_bad_lines": "--skip-bad-lines", "allow_worse": "--allow-worse"}
+"""Fields that, where a config has them, are switched on by a flag of their own."""
 
 
 def run(
@@ -53,8 +55,8 @@ def run(
     arguments = _parser(config_type, default_config, module, can_be_several).parse_args(argv)
     try:
         config = load_config(arguments.config, quick=arguments.quick, config_type=config_type)
-        skip = ["skip_bad_lines=true"] if getattr(arguments, "skip_bad_lines", False) else []
-        config = override(config, [*arguments.set, *skip])
+        flags = [f"{name}=true" for name in FLAGS if getattr(arguments, name, False)]
+        config = override(config, [*arguments.set, *flags])
         check(config)
         if arguments.print_config:
             print("\n".join(f"{key}={value}" for key, value in describe(config).items()))
@@ -119,10 +121,9 @@ def _parser(
         default=[],
         help="override a field of the config",
     )
-    if "skip_bad_lines" in typing.get_type_hints(config_type):
-        parser.add_argument(
-            "--skip-bad-lines", action="store_true", help="short for --set skip_bad_lines=true"
-        )
+    for name, flag in FLAGS.items():
+        if name in typing.get_type_hints(config_type):
+            parser.add_argument(flag, action="store_true", help=f"short for --set {name}=true")
     if can_be_several:
         parser.add_argument(
             "--coordinator",

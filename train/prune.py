@@ -23,7 +23,6 @@ from jaxsearch.data.batches import group_pairs, pack_rows
 from jaxsearch.data.prompts import PromptTokens
 from jaxsearch.data.records import Collection
 from jaxsearch.data.verticals import Vertical
-from jaxsearch.encoder import TextEncoder
 from jaxsearch.errors import InputError
 from jaxsearch.files import write_json
 from jaxsearch.nn.attention import segment_positions
@@ -43,6 +42,7 @@ from jaxsearch.ranker import Ranker, TextRanker, load_ranker, save_ranker
 from jaxsearch.scoring.prefill import PrefillScorer, ScoreRequest
 from jaxsearch.sharding import batch_sharding, batch_ways, make_mesh, put_batch, shard_model
 from train.config import Count, CountOrNone
+from train.first_stage import FirstStage, open_first_stage
 from train.inputs import load_data, load_retriever, offline_scorer, pair_texts, sample_pairs
 from train.options import progress, run, say
 from train.ranker import Validation
@@ -65,7 +65,8 @@ class PruneConfig:
     vertical: str = "configs/verticals/onet_activities"
     """Folder with fields, views, policy and prompts."""
     retriever: str = "minilm"
-    """Whose best documents stand beside random ones in the calibration prompts and are re-ranked for validation."""
+    """The encoder of the first stage, whose best documents stand beside random ones in the calibration prompts and are
+    re-ranked for validation."""
     drop_layers: CountOrNone = 0
     """Whole layers that go, one by one: each time the one without which the scores change least."""
     mlp_dim: CountOrNone = 0
@@ -78,7 +79,7 @@ class PruneConfig:
     calibration_queries: Count = 96
     """Train queries whose prompts the neurons and heads are chosen on."""
     per_query: Count = 8
-    """Documents to each of them, half of them the retriever's best."""
+    """Documents to each of them, half of them the first stage's best."""
     layer_queries: Count = 16
     """Calibration queries by which layers are chosen: a pass over them for each layer that could go."""
     mined_depth: Count = 30
@@ -129,17 +130,14 @@ def calibration_prompts(
     ranker: TextRanker,
     collection: Collection,
     vertical: Vertical,
-    retriever: TextEncoder,
+    stage: FirstStage,
 ) -> list[PromptTokens]:
     """Prompts of train queries with documents of all grades."""
     pairs = sample_pairs(
-        collection,
-        vertical,
-        retriever,
+        stage,
         split="train",
         num_queries=config.calibration_queries,
         per_query=config.per_query,
-        view=ranker.view,
         depth=config.mined_depth,
         random_share=0.5,
         seed=config.seed,
@@ -259,13 +257,14 @@ def main(config: PruneConfig, workdir: Path) -> None:
         ranker=ranker.version,
         retriever=retriever.version,
     )
-    prompts = calibration_prompts(config, ranker, collection, vertical, retriever)
+    stage = open_first_stage(collection, vertical, retriever, view=ranker.view)
+    prompts = calibration_prompts(config, ranker, collection, vertical, stage)
     check_calibration(config.widths, ranker.decoder.config, prompts)
     evaluate = Validation(
         ranker,
         collection,
         vertical,
-        retriever,
+        stage,
         num_queries=config.check_queries,
         depth=config.check_depth,
     )
@@ -277,7 +276,7 @@ def main(config: PruneConfig, workdir: Path) -> None:
     report = {
         "method": config.search.method,
         "validation": {"before": before, "after": after},
-        "retriever": evaluate.retriever_metrics,
+        "first_stage": evaluate.first_stage_metrics,
         "weights": weights,
         "config": dataclasses.asdict(decoder.config),
         **found,

@@ -30,7 +30,6 @@ from jaxsearch.data.prompts import PromptEncoder
 from jaxsearch.data.records import MAX_GRADE, Collection, Run
 from jaxsearch.data.tokenizer import Tokenizer
 from jaxsearch.data.verticals import Vertical
-from jaxsearch.encoder import TextEncoder
 from jaxsearch.errors import InputError
 from jaxsearch.files import write_json
 from jaxsearch.judge import TextJudge, load_judge
@@ -46,7 +45,8 @@ from jaxsearch.ranker import (
 )
 from jaxsearch.scoring.prefill import PrefillScorer, ScoreRequest
 from train.config import Count
-from train.inputs import load_base, load_data, load_retriever, mine, offline_scorer, origin, validate
+from train.first_stage import FirstStage, open_first_stage
+from train.inputs import load_base, load_data, load_retriever, offline_scorer, origin, validate
 from train.label import Label, read_labels
 from train.loop import LoopConfig, OptimizerConfig, fit
 from train.options import run, say
@@ -83,7 +83,8 @@ class RankerConfig:
     """Folder of a judge, or of another ranker with the same prompt, that grades every candidate inside the step;
     `labels` then only say which pairs matter."""
     retriever: str = "minilm"
-    """Whose best documents become hard negatives and are re-ranked for validation."""
+    """The encoder of the first stage (with BM25 beside it, as a server has it), whose best documents become hard
+    negatives and are re-ranked for validation."""
     use_gold: bool = True
     """Graded queries with candidates by their grades, and labelled pairs; without it, labelled pairs alone."""
     use_frozen_embeddings: bool = True
@@ -91,7 +92,7 @@ class RankerConfig:
     batch_queries: Count = 4
     candidates_per_query: Count = 8
     mined_depth: Count = 30
-    """How many of the retriever's best documents are looked at for hard negatives."""
+    """How many of the first stage's best documents are looked at for hard negatives."""
     random_share: tuple[float, float] = (1.0, 0.5)
     """How many of the negatives are random documents, at the first and at the last step. Hard ones alone leave an
     untrained ranker at the loss of equal scores."""
@@ -223,22 +224,22 @@ def rerank(
 
 
 class Validation:
-    """NDCG@10 of re-ranking the retriever's best seen documents for held-out queries, as training goes on."""
+    """NDCG@10 of re-ranking the first stage's best seen documents for held-out queries, as training goes on."""
 
     def __init__(
         self,
         ranker: TextRanker,
         collection: Collection,
         vertical: Vertical,
-        retriever: TextEncoder,
+        stage: FirstStage,
         *,
         num_queries: int,
         depth: int,
     ):
         self.queries = collection.split("validation")[:num_queries]
         self.ranker, self.collection, self.vertical = ranker, collection, vertical
-        self.candidates = mine(retriever, collection, self.queries, vertical, view=ranker.view, depth=depth)
-        self.retriever_metrics = validate(collection, vertical, self.queries, self.candidates)
+        self.candidates = stage.mine(self.queries, depth=depth)
+        self.first_stage_metrics = validate(collection, vertical, self.queries, self.candidates)
         self.scorer = offline_scorer(ranker)
 
     def __call__(self, model: Ranker | Taught) -> dict[str, float]:
@@ -339,9 +340,8 @@ def main(config: RankerConfig, workdir: Path) -> None:
     ranker = new_ranker(keep_layers(decoder, layers), prompt, view=config.view)
     del decoder
     check_teacher(ranker, teacher, config.loss)
-    mined = mine(
-        retriever, collection, collection.split("train"), vertical, view=config.view, depth=config.mined_depth
-    )
+    stage = open_first_stage(collection, vertical, retriever, view=config.view)
+    mined = stage.mine(collection.split("train"), depth=config.mined_depth)
     data = RankerData(ranker, collection, vertical, mined, labels, config)
     if labels:
         say(
@@ -351,7 +351,7 @@ def main(config: RankerConfig, workdir: Path) -> None:
         ranker,
         collection,
         vertical,
-        retriever,
+        stage,
         num_queries=config.check_queries,
         depth=config.check_depth,
     )
@@ -371,7 +371,7 @@ def main(config: RankerConfig, workdir: Path) -> None:
     leave_to_main()
     report: dict[str, Any] = {
         "validation": evaluate(ranker.ranker),
-        "retriever": evaluate.retriever_metrics,
+        "first_stage": evaluate.first_stage_metrics,
         "steps": result.step,
         "labels": len(labels),
         "teacher": teacher.version if teacher else "none",
@@ -384,11 +384,13 @@ def main(config: RankerConfig, workdir: Path) -> None:
     save_ranker(workdir / "model", ranker, trained=trained)
     write_json(workdir / "report.json", report)
     say(
-        f"validation NDCG@10: {report['validation']['ndcg@10']:.3f} (the retriever's order: "
-        f"{report['retriever']['ndcg@10']:.3f})\nmodel: {workdir / 'model'}"
+        f"validation NDCG@10: {report['validation']['ndcg@10']:.3f} (the first stage's order: "
+        f"{report['first_stage']['ndcg@10']:.3f})\nmodel: {workdir / 'model'}"
     )
-    if report["validation"]["ndcg@10"] < report["retriever"]["ndcg@10"]:
-        say("this ranker orders worse than the retriever that feeds it: train it on more before you serve it")
+    if report["validation"]["ndcg@10"] < report["first_stage"]["ndcg@10"]:
+        say(
+            "this ranker alone orders worse than the first stage that feeds it; export decides what it adds to it"
+        )
 
 
 if __name__ == "__main__":

@@ -119,15 +119,12 @@ def top(run: Run, depth: int) -> Run:
 
 
 def comparison_pairs(systems: Sequence[str], baseline: str) -> list[tuple[str, str]]:
-    """Every system against the baseline, and the fused ranker against every BM25 and its own encoder."""
+    """Every system against the baseline, and what is served against every other."""
     if baseline not in systems:
         raise InputError(f"baseline {baseline!r} is not among the systems: {', '.join(systems)}")
     pairs = [(system, baseline) for system in systems if system != baseline]
-    if "ranker+encoder" in systems:
-        others = [
-            name for name in systems if name.startswith("bm25") or name in ("encoder", "minilm", "ranker")
-        ]
-        pairs += [("ranker+encoder", other) for other in others]
+    if "served" in systems:
+        pairs += [("served", other) for other in systems if other != "served"]
     return list(dict.fromkeys(pairs))
 
 
@@ -343,6 +340,16 @@ def compact(written: Mapping[str, Any]) -> rich.table.Table:
         table.add_row(
             *(v if isinstance(v, str) else short(math.nan if v is None else v) for v in row.values())
         )
+    return table
+
+
+def plain_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> rich.table.Table:
+    """A table for a console: the first column to the left, the others to the right."""
+    table = rich.table.Table(box=rich.box.SIMPLE_HEAD, pad_edge=False)
+    for number, name in enumerate(header):
+        table.add_column(name, justify="right" if number else "left")
+    for row in rows:
+        table.add_row(*row)
     return table
 
 

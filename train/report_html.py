@@ -96,8 +96,9 @@ def write_html(
     shown: Shown,
     collection: Collection,
     vertical: Vertical,
+    tables: Sequence[tuple[list[str], list[list[str]]]] = (),
 ) -> None:
-    """Writes the file; `picture` is the PNG that is shown first."""
+    """Writes the file; `picture` is the PNG that is shown first, `tables` stand below those of the groups."""
     import jinja2
 
     environment = jinja2.Environment(loader=jinja2.FileSystemLoader(TEMPLATES), autoescape=True)
@@ -113,6 +114,7 @@ def write_html(
             }
             for group in groups
         ],
+        tables=tables,
         curves=curves,
         system=shown.system,
         has_judge=bool(shown.judged),

@@ -16,8 +16,7 @@ from jaxsearch.data.verticals import Vertical
 from jaxsearch.errors import InputError
 from jaxsearch.metrics import PerQuery, rank_metrics
 from jaxsearch.ranker import TextRanker, label_ids, load_prompt, load_ranker
-from train.evaluate import qrels_of
-from train.inputs import check_view, load_retriever
+from train.inputs import check_view, load_retriever, qrels_of
 from train.ways import SHARED_PREFIX, Request, Way, our_ways, their_ways
 
 

@@ -26,7 +26,8 @@ from jaxsearch.ranker import load_ranker
 from train import prune
 from train import ranker as ranker_trainer
 from train.config import Bound, Count, CountOrNone
-from train.inputs import load_data, load_retriever, mine, offline_scorer
+from train.first_stage import open_first_stage
+from train.inputs import load_data, load_retriever, offline_scorer
 from train.options import progress, run, say
 from train.plots import plot_tradeoff
 from train.prune import PruneConfig
@@ -66,7 +67,7 @@ class SweepConfig:
     num_queries: Count = 100
     """Test queries."""
     depth: Count = 20
-    """The retriever's best documents that are re-ranked."""
+    """The first stage's best documents, which are re-ranked."""
     timed_queries: Count = 8
     """Of them, those whose scoring is timed."""
     repeats: Count = 5
@@ -116,15 +117,8 @@ def measure(
     """The number of test queries and a row for each ranker; NDCG@10 by the grades of all documents."""
     rankers = {name: load_ranker(folder) for name, folder in folders.items()}
     queries = collection.split("test")[: config.num_queries]
-    candidates = mine(
-        retriever,
-        collection,
-        queries,
-        vertical,
-        view=rankers[WHOLE].view,
-        depth=config.depth,
-        seen_only=False,
-    )
+    stage = open_first_stage(collection, vertical, retriever, view=rankers[WHOLE].view)
+    candidates = stage.mine(queries, depth=config.depth, seen_only=False)
     qrels = {query.id: collection.qrels.get(query.id, {}) for query in queries}
     scorers = {name: offline_scorer(ranker) for name, ranker in rankers.items()}
     values = {}
@@ -174,7 +168,7 @@ def markdown(report: dict[str, Any]) -> str:
         f"# Pruning a ranker, {report['date']}",
         "",
         f"{report['device']}; commit {report['commit']}; ranker {report['ranker']}. NDCG@10 of re-ranking the "
-        f"retriever's best {report['depth']} documents for {report['num_queries']} test queries, 95 % intervals over "
+        f"first stage's best {report['depth']} documents for {report['num_queries']} test queries, 95 % intervals over "
         "queries. *hidden*: healed by the whole ranker's hidden states too, with this weight. "
         "*weights*: those that a token is multiplied with. *speed*: of scoring the same prompts, over the "
         f"whole ranker's, {report['repeats']} repeats taking turns, median [minimum, maximum].",

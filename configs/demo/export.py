@@ -1,9 +1,10 @@
-r"""The demo's bundle: encoder, ranker, index, documents and calibration in one folder.
+r"""The demo's bundle: encoder, ranker, index, documents and the order that was best on validation, in one folder.
 
 Command: python -m train.export --config configs/demo/export.py --workdir work/demo/export \
          --set encoder=work/demo/encoder/model ranker=work/demo/ranker/model index=work/demo/index/index
-Time: a minute on two cores of 95 GFLOP/s each (quick: half a minute).
-Numbers: report.json has the held-out calibration error and how many known answers the server will check.
+Time: TIME on two cores of 95 GFLOP/s each (quick: half a minute).
+Numbers: report.json has each order's NDCG@10 on validation queries, which one is served and why, the held-out
+         calibration error, and how many known answers the server will check.
 """
 
 import dataclasses
@@ -17,8 +18,6 @@ def config() -> ExportConfig:
         encoder="work/demo/encoder/model",
         ranker="work/demo/ranker/model",
         index="work/demo/index/index",
-        report="work/demo/evaluate/report.json",
-        lexical_view="full",
     )
 
 
@@ -28,7 +27,6 @@ def quick() -> ExportConfig:
         encoder="work/demo-quick/encoder/model",
         ranker="work/demo-quick/ranker/model",
         index="work/demo-quick/index/index",
-        report="work/demo-quick/evaluate/report.json",
-        calibration_queries=6,
-        calibration_depth=5,
+        validation_queries=6,
+        rank_depth=5,
     )

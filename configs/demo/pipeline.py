@@ -9,8 +9,8 @@ from train.demo import PipelineConfig, Stage
 
 CLOSING = (
     "Grades are derived from O*NET's task links, not given by people. This budget (320 judge pairs, 2,560 ranker "
-    "pairs) shows that every part works and what fine-tuning the encoder buys; it does not show the order of the "
-    "stages after it, for which two thousand pairs are too few."
+    "pairs) shows that every part works and what fine-tuning the encoder buys; a ranker needs more, and this "
+    "collection has little room for one: the bundle serves it only where it helps."
 )
 
 
@@ -49,18 +49,23 @@ def stages(folder: str) -> tuple[Stage, ...]:
             "model",
             {"labels": "{workdir}/label", "retriever": models["encoder"]},
         ),
-        Stage("evaluate", "train.evaluate", f"{where}/evaluate.py", "how good each system is", inputs=models),
         Stage(
             "export",
             "train.export",
             f"{where}/export.py",
-            "everything that serving needs in one folder",
+            "everything that serving needs in one folder, in the order that is best",
             inputs={
                 "encoder": models["encoder"],
                 "ranker": models["ranker"],
                 "index": "{workdir}/index/index",
-                "report": "{workdir}/evaluate/report.json",
             },
+        ),
+        Stage(
+            "evaluate",
+            "train.evaluate",
+            f"{where}/evaluate.py",
+            "how good what is served is, and every part of it",
+            inputs={"bundle": "{workdir}/export/bundle", "judge": models["judge"]},
         ),
     )
 

@@ -1,8 +1,8 @@
-r"""The reference table: every system on all test queries, the judge on 100 of them, rankers on the encoder's best 20.
+r"""The reference table: every system on all test queries, the judge on 100 of them.
 
 Command: python -m train.evaluate --config configs/reference/evaluate.py --workdir work/reference/evaluate \
-         --set encoder=work/reference/encoder/model judge=work/reference/judge/model \
-         ranker=work/reference/ranker/model other_rankers=judge-labels-only=work/reference/ranker_judge/model
+         --set bundle=work/reference/export/bundle judge=work/reference/judge/model \
+         other_rankers=judge-labels-only=work/reference/ranker_judge/model
 Time: 14 minutes on two cores of 95 GFLOP/s each (quick: one minute, 8 queries).
 Numbers: docs/results/reference.
 """
@@ -14,9 +14,8 @@ from train.evaluate import EvaluateConfig
 def config() -> EvaluateConfig:
     return EvaluateConfig(
         dtype="bfloat16",
-        encoder="work/reference/encoder/model",
+        bundle="work/reference/export/bundle",
         judge="work/reference/judge/model",
-        ranker="work/reference/ranker/model",
     )
 
 

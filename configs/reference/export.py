@@ -19,7 +19,6 @@ def config() -> ExportConfig:
         encoder="work/reference/encoder/model",
         ranker="work/reference/ranker/model",
         index="work/reference/index/index",
-        report="work/reference/evaluate/report.json",
     )
 
 

@@ -17,6 +17,7 @@ def stages() -> tuple[Stage, ...]:
     """The demo's path, a ranker without gold before the table."""
     path = []
     for stage in pipeline.stages("reference"):
+        ranker = next((done for done in path if done.name == "ranker"), stage)
         if stage.name == "evaluate":
             path.append(
                 Stage(
@@ -25,7 +26,7 @@ def stages() -> tuple[Stage, ...]:
                     "configs/reference/ranker_judge.py",
                     "the same ranker on the judge's labels alone",
                     "model",
-                    path[-1].inputs,
+                    ranker.inputs,
                 )
             )
             stage = dataclasses.replace(stage, inputs=stage.inputs | {"other_rankers": OTHER})

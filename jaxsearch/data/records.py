@@ -44,6 +44,7 @@ class Collection:
 
     `query_split` maps every query to train, validation or test. `unseen_documents` take no part in training,
     mining or calibration; they are in the corpus that is searched. `notice` is the attribution and what is derived.
+    `query_kinds` names the kind of some or all queries; reports then have a column for each.
     """
 
     name: str
@@ -53,6 +54,7 @@ class Collection:
     query_split: Mapping[str, str]
     unseen_documents: frozenset[str] = frozenset()
     notice: str = ""
+    query_kinds: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
     def split(self, name: str, *, is_graded: bool = True) -> list[Query]:
         """The queries of one split, in the collection's order; those without any grade only on request."""

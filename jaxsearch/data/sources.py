@@ -87,8 +87,8 @@ def load_collection(spec: str | os.PathLike[str], *, skip_bad_lines: bool = Fals
         `queries.jsonl`
             and `qrels/{train,dev,test}.tsv`, which give the splits. Another folder has `documents`, `queries`
             and `grades`, each as `.jsonl` or `.parquet`: documents with `id` and any fields, queries with
-            `id`, `text` and, if they like, `split`; grades with `query_id`, `document_id`, `grade` 0..4 (no file:
-            nothing is graded yet).
+            `id`, `text` and, if they like, `split` and `kind`; grades with `query_id`, `document_id`, `grade` 0..4
+            (no file: nothing is graded yet).
             Queries without a split get theirs by a hash of their id: 70 % train, 10 % validation, 20 % test; those
             without a grade are train queries, since nothing else can use them.
         skip_bad_lines: leave bad lines out; the collection's `notice` then says how many.
@@ -113,7 +113,7 @@ def load_collection(spec: str | os.PathLike[str], *, skip_bad_lines: bool = Fals
     bad = BadLines()
     is_beir = (folder / "corpus.jsonl").is_file()
     documents = _read_documents(_find(folder, "corpus" if is_beir else "documents"), bad)
-    queries, stated = _read_queries(_find(folder, "queries"), bad)
+    queries, stated, kinds = _read_queries(_find(folder, "queries"), bad)
     for what, found in (("document", documents), ("query", queries)):
         if not found:
             raise InputError(f"{folder} holds no usable {what}. {bad.report()}".strip())
@@ -124,7 +124,7 @@ def load_collection(spec: str | os.PathLike[str], *, skip_bad_lines: bool = Fals
         for number, record in _records(file, bad):
             pair = (record.get("query_id"), record.get("document_id"), record.get("grade"))
             _add_grade(qrels, pair, queries, documents, partial(bad.add, file, number))
-    return _assemble(folder, documents, queries, stated, qrels, bad.settle(skip=skip_bad_lines))
+    return _assemble(folder, documents, queries, stated, kinds, qrels, bad.settle(skip=skip_bad_lines))
 
 
 def read_pairs(
@@ -165,6 +165,7 @@ def _assemble(
     documents: dict[str, Document],
     queries: dict[str, Query],
     stated: dict[str, str],
+    kinds: dict[str, str],
     qrels: Qrels,
     notice: str,
 ) -> Collection:
@@ -182,6 +183,7 @@ def _assemble(
             for query_id in queries
         },
         notice=notice,
+        query_kinds=kinds,
     )
 
 
@@ -206,23 +208,29 @@ def _read_documents(file: Path, bad: BadLines) -> dict[str, Document]:
     return documents
 
 
-def _read_queries(file: Path, bad: BadLines) -> tuple[dict[str, Query], dict[str, str]]:
+def _read_queries(file: Path, bad: BadLines) -> tuple[dict[str, Query], dict[str, str], dict[str, str]]:
+    """Queries, and by id the splits and kinds that are stated."""
     queries: dict[str, Query] = {}
     splits: dict[str, str] = {}
+    kinds: dict[str, str] = {}
     for number, record in _records(file, bad):
         query_id = _new_id(record, queries, partial(bad.add, file, number))
-        text, split = record.get("text"), record.get("split")
+        text, split, kind = record.get("text"), record.get("split"), record.get("kind")
         if query_id is None:
             continue
         if not isinstance(text, str) or not text.strip():
             bad.add(file, number, "text is missing or empty")
         elif split is not None and not (isinstance(split, str) and split in _SPLIT_NAMES):
             bad.add(file, number, f"split {split!r} is none of {', '.join(_SPLIT_NAMES)}")
+        elif kind is not None and not (isinstance(kind, str) and kind.strip()):
+            bad.add(file, number, f"kind {kind!r} is not a text")
         else:
             queries[query_id] = Query(query_id, text)
             if split is not None:
                 splits[query_id] = _SPLIT_NAMES[split]
-    return queries, splits
+            if kind is not None:
+                kinds[query_id] = kind.strip()
+    return queries, splits, kinds
 
 
 def _read_beir_grades(

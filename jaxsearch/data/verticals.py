@@ -17,6 +17,7 @@ from jaxsearch.data.prompts import PromptTemplate
 from jaxsearch.data.records import MAX_GRADE, Document, FieldValue
 from jaxsearch.errors import InputError
 
+OPTIONAL = ("examples", "lexical_view")
 _ENDS = (".", "!", "?", ":", ";")
 
 
@@ -33,6 +34,7 @@ class Vertical:
         policy: the grading policy, for people and for the judge.
         prompts: templates by name, "judge" and "ranker".
         examples: queries that a search page offers; may be empty.
+        lexical_view: the view whose words BM25 searches; empty: the one that is embedded.
     """
 
     name: str
@@ -43,6 +45,11 @@ class Vertical:
     policy: str
     prompts: Mapping[str, PromptTemplate]
     examples: tuple[str, ...] = ()
+    lexical_view: str = ""
+
+    def words_of(self, view: str) -> str:
+        """The view whose words BM25 searches where the encoder reads `view`."""
+        return self.lexical_view or view
 
     def document_text(self, document: Document, view: str) -> str:
         """The text of a document in one of the views.
@@ -65,6 +72,8 @@ class Vertical:
             "policy": self.policy,
             "prompts": {name: prompt.fingerprint for name, prompt in self.prompts.items()},
         }
+        if self.lexical_view:
+            parts["lexical_view"] = self.lexical_view
         return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:12]
 
 
@@ -84,8 +93,8 @@ def load_vertical(directory: str | os.PathLike[str]) -> Vertical:
         raise InputError(f"{file} is not TOML: {error}") from error
     kinds: dict[str, type] = {"name": str, "query_instruction": str, "relevant_threshold": int, "views": dict}
     problems = []
-    if unknown := sorted(stated.keys() - kinds.keys() - {"examples"}):
-        known = ", ".join([*kinds, "examples"])
+    if unknown := sorted(stated.keys() - kinds.keys() - set(OPTIONAL)):
+        known = ", ".join([*kinds, *OPTIONAL])
         problems.append(f"unknown key {', '.join(map(repr, unknown))} (known: {known})")
     for key, kind in kinds.items():
         if key not in stated:
@@ -112,6 +121,7 @@ def load_vertical(directory: str | os.PathLike[str]) -> Vertical:
         policy=_read(directory / "policy.md").strip(),
         prompts=prompts,
         examples=tuple(stated.get("examples", ())),
+        lexical_view=stated.get("lexical_view", ""),
     )
 
 
@@ -150,6 +160,8 @@ def _check_values(stated: Mapping[str, Any]) -> list[str]:
     examples = stated.get("examples", [])
     if not (isinstance(examples, list) and all(isinstance(text, str) and text.strip() for text in examples)):
         problems.append(f"examples must be a list of queries, not {examples!r}")
+    if stated.get("lexical_view", "") not in ("", *stated["views"]):
+        problems.append(f"lexical_view must be one of the views, not {stated['lexical_view']!r}")
     if not stated["views"]:
         problems.append("views must name one view at least")
     for name, fields in stated["views"].items():

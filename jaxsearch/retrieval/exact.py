@@ -281,6 +281,14 @@ class ExactIndex:
         scores, positions = program(self._device_embeds, self._device_bias, embeds, mask)
         return Hits(np.asarray(scores)[:count, :k], np.asarray(positions)[:count, :k])
 
+    def similarity(
+        self, query: Float[np.ndarray, "e"], positions: Int[np.ndarray, "m"]
+    ) -> Float[np.ndarray, "m"]:
+        """S(q, d) of one query with chosen documents, float64, computed on the host from the stored embeddings."""
+        weight, *others = self._weights
+        products = self._embeds[positions].astype(np.float64) @ np.asarray(query, np.float64)
+        return weight * products + self._features[positions] @ np.array(others, np.float64)
+
     def save(self, directory: str | Path) -> None:
         """Writes a folder without pickle: index.json, ids.json, embeds.npy, features.npy."""
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from jaxtyping import Shaped
+from jaxtyping import Float, Shaped
 
 from jaxsearch.errors import InputError
 from jaxsearch.retrieval import NO_DOCUMENT, Hits, check_documents, check_request, read_index, write_index
@@ -97,11 +97,8 @@ class Bm25Index:
         result = Hits(
             np.full((len(queries), k), -np.inf, np.float32), np.full((len(queries), k), NO_DOCUMENT, np.int32)
         )
-        for query, words in enumerate(self._words(queries) if queries else []):
-            known = [word for word in words if word in self._model.vocab_dict]
-            if not known:
-                continue
-            scores = np.asarray(self._model.get_scores(known), np.float32)
+        for query, text in enumerate(queries):
+            scores = self.scores(text)
             is_kept = scores > 0
             if filter_where is not None:
                 is_kept &= filter_where if filter_where.ndim == 1 else filter_where[query]
@@ -110,6 +107,13 @@ class Bm25Index:
             result.scores[query, : len(order)] = scores[order]
             result.positions[query, : len(order)] = order
         return result
+
+    def scores(self, query: str) -> Float[np.ndarray, "n"]:
+        """The float32 score of every document; 0 where it shares no word with the query."""
+        known = [word for word in self._words([query])[0] if word in self._model.vocab_dict]
+        if not known:
+            return np.zeros(len(self.ids), np.float32)
+        return np.asarray(self._model.get_scores(known), np.float32)
 
     def save(self, directory: str | Path) -> None:
         """Writes a folder of .npy and JSON files."""

@@ -1,4 +1,4 @@
-// How replies of /v1/search look: hits, timings, facets, the comparison of three systems.
+// How replies of /v1/search look: hits, timings, facets, orders side by side.
 
 import { element, milliseconds, spoken } from "/web/dom.js";
 
@@ -39,35 +39,34 @@ export function titleOf(result, info) {
 
 function scoreBadge(result) {
   if (result.score === null) return element("span", { className: "quiet", title: "below the ranking depth" }, "not ranked");
-  const isRanked = "relevance" in result.scores;
-  const grade = isRanked ? Math.min(4, Math.floor(result.score * 5)) : 0;
-  const meaning = !isRanked ? "retrieval score" : result.scores.relevance.calibrated === null
-    ? "score from 0 to 1" : "calibrated probability of relevance";
+  const isCalibrated = (result.scores.relevance?.calibrated ?? null) !== null;
+  const grade = isCalibrated ? Math.min(4, Math.floor(result.score * 5)) : 0;
+  const meaning = isCalibrated ? "calibrated probability of relevance" : "score of this order, not calibrated";
   return element("span", { className: `score grade-${grade}`, title: meaning }, result.score.toFixed(3));
 }
 
-function why(result) {
-  const rows = Object.entries(result.explain.sources).map(([name, found]) => [name, found.rank, found.score.toFixed(4)]);
-  rows.push(["fused (reciprocal rank)", result.explain.fused.rank, result.explain.fused.score.toFixed(4)]);
+function why(result, order) {
+  const { sources, signals, fused, tokens } = result.explain;
   const relevance = result.scores.relevance;
-  if (relevance) {
-    rows.push(["ranker (yes − no)", result.rank, relevance.raw.toFixed(4)]);
-    if (relevance.calibrated !== null) rows.push(["calibrated", "", relevance.calibrated.toFixed(3)]);
-  }
+  const rows = Object.entries(sources).map(([name, found]) => [name, found.rank, found.score.toFixed(4)]);
+  if (fused.order !== order) rows.push([`first stage: ${fused.order}`, fused.rank, fused.score.toFixed(4)]);
+  if (signals.ranker !== null) rows.push(["ranker (yes − no)", "", signals.ranker.toFixed(4)]);
+  if (relevance) rows.push([`order: ${order}`, result.rank, relevance.raw.toFixed(4)]);
+  if ((relevance?.calibrated ?? null) !== null) rows.push(["calibrated", "", relevance.calibrated.toFixed(3)]);
   const cells = rows.map(([name, rank, score]) => element("tr", {}, element("th", { scope: "row" }, name),
     element("td", { className: "number" }, String(rank)), element("td", { className: "number" }, score)));
   const head = element("tr", {}, element("th", { scope: "col" }, "where"), element("th", { scope: "col", className: "number" }, "rank"),
     element("th", { scope: "col", className: "number" }, "score"));
-  const moved = result.explain.fused.rank - result.rank;
-  const story = !relevance ? "The ranker did not look at it." : moved === 0 ? "The ranker left it where retrieval put it."
-    : `The ranker moved it ${moved > 0 ? "up" : "down"} by ${Math.abs(moved)}.`;
-  const tokens = result.explain.tokens === null ? "" : ` It read ${result.explain.tokens} tokens${result.truncated ? ", the text cut at the limit" : ""}.`;
+  const moved = fused.rank - result.rank;
+  const story = fused.order === order ? `Sorted by ${order}, without the ranker.` : signals.ranker === null ? "The ranker did not look at it."
+    : moved === 0 ? "The ranker left it where retrieval put it." : `The ranker moved it ${moved > 0 ? "up" : "down"} by ${Math.abs(moved)}.`;
+  const read = tokens === null ? "" : ` It read ${tokens} tokens${result.truncated ? ", the text cut at the limit" : ""}.`;
   return element("details", { className: "why" }, element("summary", {}, "Why this result"),
-    element("p", { className: "quiet" }, story + tokens),
+    element("p", { className: "quiet" }, story + read),
     element("div", { className: "scroll" }, element("table", {}, element("thead", {}, head), element("tbody", {}, ...cells))));
 }
 
-export function hit(result, query, info) {
+export function hit(result, query, info, order) {
   const wanted = stems(query);
   const [titleField, ...shown] = info.views[info.default_view];
   const names = Object.keys(result.fields);
@@ -87,7 +86,7 @@ export function hit(result, query, info) {
     ...body,
     excerpts.length ? element("dl", {}, ...excerpts) : null,
     element("ul", { className: "tags" }, ...tags.map((tag) => element("li", {}, tag))),
-    result.explain ? why(result) : null,
+    result.explain ? why(result, order) : null,
     everything.length ? element("details", { className: "more" }, element("summary", {}, "All fields"), element("dl", {}, ...everything)) : null));
 }
 
@@ -112,23 +111,24 @@ export function timings(reply) {
     element("li", {}, `server ${milliseconds(stated.total)}, with the network ${milliseconds(reply.round_trip_ms)}`))];
 }
 
-/** Three lists side by side; arrows say how the ranker moved what retrieval found. */
+/** Lists side by side; arrows say how the ranker moved what the first stage found, a label which list is served. */
 export function comparison(lists, info, counts) {
-  const fusedRank = new Map(lists.at(-1).results.map((result) => [result.id, result.explain.fused.rank]));
-  const columns = lists.map(({ name, results, error }) => {
-    if (error) return element("section", {}, element("h2", {}, name), element("p", { className: "quiet" }, error));
+  const columns = lists.map(({ name, order, results, error }) => {
+    const served = order === info.order ? element("span", { className: "chip served" }, "served") : null;
+    const title = element("h2", {}, name, served);
+    if (error) return element("section", {}, title, element("p", { className: "quiet" }, error.message));
     const items = results.slice(0, counts).map((result) => {
       const item = element("li", { tabIndex: 0 }, element("span", { className: "rank" }, String(result.rank)), element("span", { className: "title" }, titleOf(result, info)));
       item.dataset.id = result.id;
-      if (name === lists.at(-1).name) {
-        const moved = fusedRank.get(result.id) - result.rank;
+      if (result.explain.fused.order !== order) {
+        const moved = result.explain.fused.rank - result.rank;
         const way = moved > 0 ? "up" : moved < 0 ? "down" : "";
-        item.append(element("span", { className: `move ${way}`, title: "against the fused order of retrieval" },
+        item.append(element("span", { className: `move ${way}`, title: "against the order of the first stage" },
           moved > 0 ? `▲ ${moved}` : moved < 0 ? `▼ ${-moved}` : "="), scoreBadge(result));
       }
       return item;
     });
-    return element("section", {}, element("h2", {}, name), items.length ? element("ol", {}, ...items) : element("p", { className: "quiet" }, "Nothing found."));
+    return element("section", {}, title, items.length ? element("ol", {}, ...items) : element("p", { className: "quiet" }, "Nothing found."));
   });
   const grid = element("div", { className: "compare" }, ...columns);
   const light = (id) => { for (const item of grid.querySelectorAll("li")) item.classList.toggle("same", item.dataset.id === id); };

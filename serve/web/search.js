@@ -6,15 +6,10 @@ import { filterBody, renderFilters } from "/web/filters.js";
 import { comparison, hit, timings } from "/web/results.js";
 
 const PAGE = 10;
-const SYSTEMS = [
-  ["BM25", { retrieve: { sources: ["bm25"] }, rank: { depth: 0 } }],
-  ["Embedding", { retrieve: { sources: ["embedding"] }, rank: { depth: 0 } }],
-  ["Ranker", {}],
-];
 
 const byId = (id) => document.getElementById(id);
 const results = byId("results");
-const state = { query: "", mode: "ranked", filters: {} };
+const state = { query: "", mode: "ranked", order: "", filters: {} };
 let info = null;
 let running = null;
 let retryTimer = null;
@@ -34,7 +29,7 @@ function chips(texts) {
 function showStart() {
   byId("filters").hidden = true;
   results.replaceChildren(notice(`Search ${info.num_documents.toLocaleString()} documents`,
-    "Ask in your own words. Retrieval finds candidates, the language model orders them, and every result says why it is there.",
+    `Ask in your own words; every result says why it is there. ${info.order_reason}`,
     { actions: info.examples.length ? [element("p", { className: "quiet" }, "For example:"), chips(info.examples)] : [] }));
 }
 
@@ -63,10 +58,11 @@ function clearFilters() {
 function showRanked(reply) {
   renderFilters(byId("filters"), info, reply.facets, state.filters, () => run());
   if (!reply.results.length) return showNothing();
-  const list = element("ol", { className: "hits" }, ...reply.results.map((result) => hit(result, state.query, info)));
+  const list = element("ol", { className: "hits" }, ...reply.results.map((result) => hit(result, state.query, info, reply.order)));
   const more = element("button", { type: "button", className: "chip", onclick: () => showMore(list, more) }, "More results");
   more.dataset.cursor = reply.cursor ?? "";
-  const text = `${reply.total} candidates, ${reply.depth_used.rank} read by the ranker`;
+  const read = reply.depth_used.rank ? `${reply.depth_used.rank} read by the ranker` : "the ranker not asked";
+  const text = `${reply.total} candidates in the order ${reply.order}, ${read}`;
   const starved = reply.starved ? element("p", { className: "quiet" }, "The filter leaves fewer documents than were asked for.") : null;
   results.replaceChildren(element("div", { className: "summary" }, element("span", { className: "quiet" }, text)), ...timings(reply),
     ...[starved, list, reply.cursor ? element("p", {}, more) : null].filter(Boolean));
@@ -77,7 +73,7 @@ async function showMore(list, button) {
   button.disabled = true;
   try {
     const reply = await search({ ...requestBody(), cursor: button.dataset.cursor });
-    list.append(...reply.results.map((result) => hit(result, state.query, info)));
+    list.append(...reply.results.map((result) => hit(result, state.query, info, reply.order)));
     button.dataset.cursor = reply.cursor ?? "";
     button.hidden = !reply.cursor;
   } catch (error) {
@@ -91,23 +87,45 @@ async function showMore(list, button) {
 function requestBody() {
   const body = { query: state.query, top_k: PAGE, explain: true, facets: info.columns.filter((column) => column.is_facet).map((column) => column.name) };
   const filter = filterBody(state.filters);
-  return filter ? { ...body, filter } : body;
+  return { ...body, ...(filter ? { filter } : {}), ...(state.order && state.mode === "ranked" ? { order: state.order } : {}) };
+}
+
+/** What stands side by side: each source alone, the first stage that joins them, the best order with the ranker. */
+function systems() {
+  const names = info.orders.map((order) => order.name);
+  const fused = names.includes("sum") ? "sum" : "rrf";
+  const value = (order) => order["validation_ndcg@10"]?.value ?? 0;
+  const ranked = info.orders.filter((order) => order.uses_ranker).sort((one, other) => value(other) - value(one))[0];
+  return [["BM25", "bm25"], ["Embedding", "encoder"], [`Fused: ${fused}`, fused],
+    ...(ranked ? [[ranked.name === "ranker" ? "Ranker" : `Ranker: ${ranked.name}`, ranked.name]] : [])];
+}
+
+function fillOrders() {
+  const options = info.orders.map((order) => {
+    const value = order["validation_ndcg@10"]?.value;
+    const label = `${order.name}${value === undefined ? "" : `, NDCG@10 ${value.toFixed(3)}`}`;
+    return element("option", { value: order.name === info.order ? "" : order.name }, order.name === info.order ? `${label} (served)` : label);
+  });
+  byId("order").replaceChildren(...options);
+  if (!info.orders.some((order) => order.name === state.order && order.name !== info.order)) state.order = "";
+  byId("order").value = state.order;
 }
 
 async function compare(signal) {
-  const lists = await Promise.all(SYSTEMS.map(async ([name, options]) => {
+  const lists = await Promise.all(systems().map(async ([name, order]) => {
     try {
-      return { name, ...(await search({ ...requestBody(), ...options }, signal)) };
+      return { name, ...(await search({ ...requestBody(), order }, signal)) };
     } catch (error) {
-      if (error.name === "AbortError" || name === "Ranker") throw error;
-      return { name, results: [], error: error.message };
+      if (error.name === "AbortError" || order === info.order) throw error;
+      return { name, order, results: [], error };
     }
   }));
-  const ranked = lists.at(-1);
+  const ranked = lists.findLast((list) => !list.error);
+  if (!ranked) throw lists[0].error;
   renderFilters(byId("filters"), info, ranked.facets, state.filters, () => run());
   if (lists.every((list) => !list.results.length)) return showNothing();
   results.replaceChildren(...timings(ranked), comparison(lists, info, PAGE));
-  announce("Three systems side by side");
+  announce(`${lists.length} orders side by side`);
 }
 
 async function run() {
@@ -116,7 +134,10 @@ async function run() {
   writeAddress();
   for (const button of document.querySelectorAll("[data-mode]")) button.ariaPressed = String(button.dataset.mode === state.mode);
   try {
-    info ??= await load();
+    if (!info) {
+      info = await load();
+      fillOrders();
+    }
     if (!state.query.trim()) return showStart();
     const controller = new AbortController();
     running = controller;
@@ -141,6 +162,7 @@ async function load() {
   byId("served").textContent = `${found.name} · ${found.num_documents.toLocaleString()} documents · model ${found.model_revision}`;
   byId("query").placeholder = found.examples[0] ?? "Search";
   document.title = `${found.name} · jaxsearch`;
+  byId("order").title = found.order_reason;
   return found;
 }
 
@@ -155,6 +177,7 @@ function writeAddress() {
   const address = new URLSearchParams();
   if (state.query) address.set("q", state.query);
   if (state.mode !== "ranked") address.set("mode", state.mode);
+  if (state.order) address.set("order", state.order);
   if (Object.keys(state.filters).length) address.set("filters", JSON.stringify(state.filters));
   const wanted = address.size ? `?${address}` : location.pathname;
   if (wanted !== (location.search || location.pathname)) history.pushState(null, "", wanted);
@@ -164,6 +187,7 @@ function readAddress() {
   const address = new URLSearchParams(location.search);
   state.query = address.get("q") ?? "";
   state.mode = address.get("mode") === "compare" ? "compare" : "ranked";
+  state.order = address.get("order") ?? "";
   try {
     const given = Object.entries(JSON.parse(address.get("filters") ?? "{}") ?? {});
     state.filters = Object.fromEntries(given.filter(([, wanted]) => wanted && typeof wanted === "object"
@@ -188,7 +212,8 @@ byId("form").addEventListener("submit", (event) => {
 });
 for (const button of document.querySelectorAll("[data-mode]")) button.addEventListener("click", () => setMode(button.dataset.mode));
 byId("help").addEventListener("click", () => byId("keys").showModal());
-addEventListener("popstate", () => { readAddress(); run(); });
+byId("order").addEventListener("change", () => { state.order = byId("order").value; setMode("ranked"); });
+addEventListener("popstate", () => { readAddress(); if (info) fillOrders(); run(); });
 addEventListener("keydown", (event) => {
   const isTyping = event.target.matches("input, textarea, select");
   if (event.ctrlKey || event.metaKey || event.altKey || byId("keys").open) return;

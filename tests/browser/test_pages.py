@@ -69,7 +69,7 @@ def test_a_question_gets_ranked_results_with_their_reasons(page):
     expect(coder).to_contain_text("found by bm25")
     expect(coder).to_contain_text("words in tasks")
     coder.get_by_text("Why this result").click()
-    for text in ("bm25", "embedding", "fused (reciprocal rank)", "ranker (yes − no)"):
+    for text in ("bm25", "embedding", "first stage: rrf", "ranker (yes − no)", "order: ranker", "calibrated"):
         expect(coder.get_by_role("rowheader", name=text)).to_be_visible()
     expect(page.locator(".legend")).to_contain_text("rank")
     assert "q=write+code" in page.url
@@ -92,15 +92,32 @@ def test_filters_and_facets_narrow_the_results_and_can_be_removed(page):
     expect(page.get_by_role("heading", name="Nothing found")).to_be_visible()
 
 
-def test_three_systems_side_by_side(page):
+def test_the_order_can_be_switched_and_the_address_keeps_it(page):
+    page.goto("/?q=write+code")
+    expect(page.locator(".hit")).to_have_count(5)
+    expect(page.locator(".summary")).to_contain_text("in the order ranker, 5 read by the ranker")
+    page.get_by_label("Order").select_option(label="bm25")
+    expect(page.locator(".hit")).to_have_count(2)
+    expect(page.locator(".summary")).to_contain_text("in the order bm25, the ranker not asked")
+    page.locator(".hit").first.get_by_text("Why this result").click()
+    expect(page.locator(".hit").first).to_contain_text("Sorted by bm25, without the ranker.")
+    assert "order=bm25" in page.url
+    page.reload()
+    expect(page.locator(".hit")).to_have_count(2)
+    page.get_by_label("Order").select_option(label="ranker (served)")
+    expect(page.locator(".hit")).to_have_count(5)
+
+
+def test_orders_side_by_side(page):
     page.goto("/?q=write+code")
     page.get_by_role("button", name="Compare").click()
-    expect(page.locator(".compare h2")).to_have_text(["BM25", "Embedding", "Ranker"])
+    expect(page.locator(".compare h2")).to_have_text(["BM25", "Embedding", "Fused: rrf", "Rankerserved"])
     columns = page.locator(".compare section")
     expect(columns.nth(0).locator("li")).to_have_count(2)
     expect(columns.nth(2).locator("li")).to_have_count(5)
+    expect(columns.nth(3).locator("li")).to_have_count(5)
     columns.nth(0).locator("li").first.hover()
-    expect(page.locator(".compare li.same")).to_have_count(3)
+    expect(page.locator(".compare li.same")).to_have_count(4)
     assert "mode=compare" in page.url
 
 

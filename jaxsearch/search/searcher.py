@@ -1,0 +1,358 @@
+"""The stages of a search as functions, and `Searcher.search`, which runs them one after another in this process.
+
+A server runs the same functions and puts its queue between them: `plan` and `passing` check the request, `nearest`
+and the scorer are the device's work, `find`, `prompt` and `shape` the host's.
+"""
+
+import dataclasses
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from jaxtyping import Bool, Float, Int
+from scipy.special import expit
+
+from jaxsearch.data.prompts import PromptTokens
+from jaxsearch.data.records import Document
+from jaxsearch.data.verticals import Vertical
+from jaxsearch.encoder import TextEncoder
+from jaxsearch.errors import InputError
+from jaxsearch.ranker import TextRanker
+from jaxsearch.retrieval.exact import ExactIndex
+from jaxsearch.retrieval.fusion import RANK_CONSTANT
+from jaxsearch.retrieval.lexical import Bm25Index
+from jaxsearch.scoring.prefill import PrefillScorer, ScoreRequest
+from jaxsearch.search.candidates import SIGNAL_OF, SOURCES, Candidates, Source, find_candidates
+from jaxsearch.search.filters import Columns
+from jaxsearch.search.orders import Order, Orders, arrange, head_of
+
+RETRIEVE_DEPTH = 100
+QUERIES_AT_ONCE = 64
+ALONE: Mapping[Source, str] = {"embedding": "encoder", "bm25": "bm25"}
+"""The order of a source on its own."""
+
+
+@dataclasses.dataclass(frozen=True)
+class SearchRequest:
+    """What is asked.
+
+    Attributes:
+      query: its text.
+      top_k: results, at most.
+      filter: see `filters`; None: every document.
+      order: one of the bundle's orders; empty: the bundle's default, or what `sources` and `rank_depth` imply.
+      sources: where candidates come from; None: from all that the order reads.
+      retrieve_depth: candidates of each source.
+      rank_depth: candidates that the ranker scores; None: as the bundle says; 0: no ranker.
+      facets: fields whose values are counted among the candidates.
+      fields: document fields to return; None: all.
+      explain: say of each result which source found it, at which rank, with which score.
+    """
+
+    query: str
+    top_k: int = 10
+    filter: Mapping[str, Any] | None = None
+    order: str = ""
+    sources: Sequence[Source] | None = None
+    retrieve_depth: int = RETRIEVE_DEPTH
+    rank_depth: int | None = None
+    facets: Sequence[str] = ()
+    fields: Sequence[str] | None = None
+    explain: bool = False
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """How a request is answered: its order, the order that picks what the ranker scores, sources and depths."""
+
+    order: Order
+    first: Order
+    sources: tuple[Source, ...]
+    retrieve_depth: int
+    rank_depth: int
+
+
+@dataclasses.dataclass
+class SearchResult:
+    """One document.
+
+    `score` is the calibrated probability that it is relevant; without a calibration the ranker's own probability or the
+    order's raw score; None below the ranking depth. `scores["relevance"]["raw"]` is what sorts.
+    """
+
+    id: str
+    rank: int
+    score: float | None
+    scores: dict[str, dict[str, float | None]]
+    fields: dict[str, Any]
+    matched: list[str]
+    truncated: bool
+    explain: dict[str, Any] | None = None
+
+
+@dataclasses.dataclass
+class SearchReply:
+    """Results, best first, and what happened on the way.
+
+    `total` counts the candidates; `starved` says that a filter left fewer of them than were asked for.
+    """
+
+    results: list[SearchResult]
+    order: str
+    facets: dict[str, list[dict[str, Any]]]
+    total: int
+    depth_used: dict[str, int]
+    starved: bool
+
+
+class Searcher:
+    """A corpus with its indexes and models, ready to be searched.
+
+    Args:
+      documents: the corpus, in the order of `index`.
+      index: embeddings of the documents by `encoder`.
+      bm25: words of the documents; None: embeddings alone find candidates.
+      orders: see `orders`.
+      ranker, scorer: of the orders that use a ranker; None: those orders are refused.
+    """
+
+    def __init__(
+        self,
+        documents: Sequence[Document],
+        vertical: Vertical,
+        *,
+        encoder: TextEncoder,
+        index: ExactIndex,
+        bm25: Bm25Index | None,
+        orders: Orders,
+        ranker: TextRanker | None = None,
+        scorer: PrefillScorer | None = None,
+    ) -> None:
+        self.documents, self.vertical = documents, vertical
+        self.encoder, self.index, self.bm25 = encoder, index, bm25
+        self.orders, self.ranker, self.scorer = orders, ranker, scorer
+        self.columns = Columns(documents)
+        self._items: dict[int, tuple[list[int], bool]] = {}
+
+    def search(self, request: SearchRequest) -> SearchReply:
+        """Answers a request. Raises: InputError for what it has wrong."""
+        self.check_fields(request)
+        plan, passing = self.plan(request), self.passing(request)
+        query_embed, nearest = None, np.zeros(0, np.int64)
+        if "embedding" in plan.sources:
+            query_embed = self.encoder.embed_queries([request.query])[0]
+            nearest = self.nearest(query_embed, plan.retrieve_depth, passing)
+        candidates = self.find(request.query, plan, passing, query_embed, nearest)
+        scores = np.zeros(0, np.float32)
+        if positions := self.to_rank(plan, candidates):
+            scores = self.rank(self.prompt(request.query, positions))
+        reply = self.shape(request, plan, candidates, passing, scores)
+        return dataclasses.replace(reply, results=reply.results[: request.top_k])
+
+    def check_fields(self, request: SearchRequest) -> None:
+        """Raises: InputError for a field of `facets` or `fields` that no document has."""
+        for where, names in (("facets", request.facets), ("fields", request.fields or ())):
+            for name in names:
+                self.columns.column(name, where=where)
+
+    def plan(self, request: SearchRequest) -> Plan:
+        """Resolves order, sources and depths.
+
+        Raises: InputError for an unknown order, or one that does not go with the sources or the depth.
+        """
+        order = self._order(request)
+        sources = tuple(request.sources or order.sources)
+        if missing := [s for s in order.sources if s not in sources and SIGNAL_OF[s] in order.weights]:
+            raise InputError(f"order {order.name!r} reads {' and '.join(missing)}, which sources leave out")
+        if "bm25" in sources and self.bm25 is None:
+            raise InputError("there is no BM25 index here; search by embedding alone")
+        depth = 0
+        if order.uses_ranker:
+            depth = self.orders.rank_depth if request.rank_depth is None else request.rank_depth
+            if self.ranker is None:
+                raise InputError(f"order {order.name!r} needs a ranker, and there is none")
+        if bool(depth) != order.uses_ranker or (request.rank_depth and not order.uses_ranker):
+            raise InputError(
+                f"order {order.name!r} {'needs' if order.uses_ranker else 'has no ranker:'} a rank depth of "
+                f"{'1 or more' if order.uses_ranker else '0'}, not {request.rank_depth}"
+            )
+        first = order
+        if order.uses_ranker:
+            first = (
+                self.orders.first_stage if set(sources) == set(SOURCES) else self.orders[ALONE[sources[0]]]
+            )
+        retrieve_depth = min(request.retrieve_depth, len(self.documents))
+        return Plan(order, first, sources, retrieve_depth, min(depth, retrieve_depth))
+
+    def _order(self, request: SearchRequest) -> Order:
+        """The order that is named, or that sources and depth imply."""
+        if request.order:
+            return self.orders[request.order]
+        if request.sources is not None and len(set(request.sources)) == 1:
+            return self.orders["ranker"] if request.rank_depth else self.orders[ALONE[request.sources[0]]]
+        if request.rank_depth is None:
+            return self.orders[self.orders.default]
+        return self.orders.ranked if request.rank_depth else self.orders.retrieval
+
+    def passing(self, request: SearchRequest) -> Bool[np.ndarray, "n"] | None:
+        """The documents that pass the filter; None without one. Raises: InputError for a wrong filter."""
+        return None if request.filter is None else self.columns.where(request.filter)
+
+    def nearest(
+        self, query_embed: Float[np.ndarray, "e"], k: int, passing: Bool[np.ndarray, "n"] | None
+    ) -> Int[np.ndarray, "k"]:
+        """Positions of the k nearest documents that pass, best first; -1 where there are fewer."""
+        return self.index.search(query_embed[None], k, passing).positions[0]
+
+    def find(
+        self,
+        query: str,
+        plan: Plan,
+        passing: Bool[np.ndarray, "n"] | None,
+        query_embed: Float[np.ndarray, "e"] | None,
+        nearest: Int[np.ndarray, "k"],
+    ) -> Candidates:
+        """Joins what the sources find and keeps the best of the first stage, as many as the plan's depth.
+
+        Args: `nearest` may hold more than the depth.
+        """
+        found = find_candidates(
+            query,
+            depth=plan.retrieve_depth,
+            filter_where=passing,
+            bm25=self.bm25 if "bm25" in plan.sources else None,
+            index=self.index,
+            query_embed=query_embed,
+            nearest=nearest,
+        )
+        return found.at(np.sort(head_of(found, plan.first, plan.retrieve_depth)))
+
+    def find_all(
+        self, queries: Sequence[str], depth: int, passing: Bool[np.ndarray, "n"] | None = None
+    ) -> Iterator[Candidates]:
+        """The candidates of many queries, from all sources there are; embeddings and index searches share programs."""
+        for start in range(0, len(queries), QUERIES_AT_ONCE):
+            part = queries[start : start + QUERIES_AT_ONCE]
+            embeds = self.encoder.embed_queries(part)
+            hits = self.index.search(embeds, min(depth, len(self.documents)), passing)
+            for query, embed, nearest in zip(part, embeds, hits.positions, strict=True):
+                yield find_candidates(
+                    query,
+                    depth=depth,
+                    filter_where=passing,
+                    bm25=self.bm25,
+                    index=self.index,
+                    query_embed=embed,
+                    nearest=nearest,
+                )
+
+    def to_rank(self, plan: Plan, candidates: Candidates) -> list[int]:
+        """Positions of the documents that the ranker scores, in the order of the first stage."""
+        return candidates.positions[head_of(candidates, plan.first, plan.rank_depth)].tolist()
+
+    def prompt(self, query: str, positions: Sequence[int]) -> PromptTokens:
+        """The ranker's prompt; a document is tokenised once, ever. Raises: InputError when the query is too long."""
+        assert self.ranker is not None
+        new = [position for position in positions if position not in self._items]
+        texts = [self.vertical.document_text(self.documents[position], self.ranker.view) for position in new]
+        prompt = self.ranker.request(query, texts)
+        for position, item, is_cut in zip(new, prompt.items, prompt.truncated, strict=True):
+            self._items[position] = (item, is_cut)
+        items = [self._items[position] for position in positions]
+        return dataclasses.replace(
+            prompt, items=[item for item, _ in items], truncated=[is_cut for _, is_cut in items]
+        )
+
+    def rank(self, prompt: PromptTokens) -> Float[np.ndarray, "m"]:
+        """The ranker's scores, yes minus no, of a prompt's items, computed here and now."""
+        assert self.ranker is not None
+        assert self.scorer is not None
+        return self.ranker.scores(self.scorer.score([ScoreRequest(prompt.prefix, prompt.items)])[0])
+
+    def shape(
+        self,
+        request: SearchRequest,
+        plan: Plan,
+        candidates: Candidates,
+        passing: Bool[np.ndarray, "n"] | None,
+        ranker_scores: Float[np.ndarray, "m"],
+    ) -> SearchReply:
+        """All candidates as results, best first; `ranker_scores` belong to the documents of `to_rank`."""
+        places, scores = arrange(candidates, plan.order, plan.first, ranker_scores)
+        calibrated = np.full(len(scores), np.nan)
+        if plan.order.calibration is not None:
+            calibrated = plan.order.calibration(scores)
+        read = dict(zip(self.to_rank(plan, candidates), ranker_scores.tolist(), strict=True))
+        explanations = self._explanations(plan, candidates, read) if request.explain else None
+        results = []
+        for rank, place in enumerate(places.tolist(), start=1):
+            position, raw = int(candidates.positions[place]), float(scores[rank - 1])
+            document, known = self.documents[position], _or_none(float(calibrated[rank - 1]))
+            results.append(
+                SearchResult(
+                    id=document.id,
+                    rank=rank,
+                    score=_uncalibrated(plan.order, raw) if known is None else known,
+                    scores={} if np.isnan(raw) else {"relevance": {"raw": raw, "calibrated": known}},
+                    fields={
+                        name: value
+                        for name, value in document.fields.items()
+                        if request.fields is None or name in request.fields
+                    },
+                    matched=sorted(source for source, ranks in candidates.ranks.items() if ranks[place]),
+                    truncated=position in read and self._items[position][1],
+                    explain=None if explanations is None else explanations[place],
+                )
+            )
+        positions = candidates.positions.tolist()
+        return SearchReply(
+            results=results,
+            order=plan.order.name,
+            facets={
+                name: self.columns.column(name, where="facets").counts(positions) for name in request.facets
+            },
+            total=len(results),
+            depth_used={"retrieve": len(candidates), "rank": len(read)},
+            starved=passing is not None and len(candidates) < plan.retrieve_depth,
+        )
+
+    def _explanations(
+        self, plan: Plan, candidates: Candidates, read: Mapping[int, float]
+    ) -> list[dict[str, Any]]:
+        """Of each candidate: rank and score by source, all signals, its place in the first stage, tokens read."""
+        first_scores = plan.first.scores(candidates)
+        first_rank = np.empty(len(candidates), np.int64)
+        first_rank[np.argsort(-first_scores, kind="stable")] = np.arange(1, len(candidates) + 1)
+        explanations = []
+        for place, position in enumerate(candidates.positions.tolist()):
+            signals = {name: float(values[place]) for name, values in candidates.signals.items()}
+            found = {source: int(ranks[place]) for source, ranks in candidates.ranks.items() if ranks[place]}
+            explanations.append(
+                {
+                    "sources": {
+                        source: {
+                            "rank": rank,
+                            "score": signals[SIGNAL_OF[source]],
+                            "fusion_term": 1.0 / (RANK_CONSTANT + rank),
+                        }
+                        for source, rank in found.items()
+                    },
+                    "signals": signals | {"ranker": read.get(position)},
+                    "fused": {
+                        "order": plan.first.name,
+                        "rank": int(first_rank[place]),
+                        "score": float(first_scores[place]),
+                    },
+                    "tokens": len(self._items[position][0]) if position in read else None,
+                }
+            )
+        return explanations
+
+
+def _or_none(value: float) -> float | None:
+    return None if np.isnan(value) else value
+
+
+def _uncalibrated(order: Order, raw: float) -> float | None:
+    """What is told of a score that has no calibration: the ranker alone gives a probability of its own."""
+    return _or_none(float(expit(raw)) if tuple(order.weights) == ("ranker",) else raw)

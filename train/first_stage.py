@@ -1,0 +1,150 @@
+"""The first stage of a collection as launchers use it: the library's own search, so that training and validation see
+the candidates that a server will rank."""
+
+import dataclasses
+import importlib.util
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+
+from jaxsearch.data.records import Collection, Query, Run
+from jaxsearch.data.verticals import Vertical
+from jaxsearch.encoder import TextEncoder
+from jaxsearch.errors import InputError
+from jaxsearch.ranker import TextRanker
+from jaxsearch.retrieval.exact import ExactIndex
+from jaxsearch.retrieval.lexical import Bm25Index
+from jaxsearch.scoring.prefill import PrefillScorer, ScoreRequest
+from jaxsearch.search.candidates import Candidates
+from jaxsearch.search.fitting import Fitted, GradedCandidates, fit_sum
+from jaxsearch.search.orders import UNFITTED, Order, Orders, head_of
+from jaxsearch.search.searcher import RETRIEVE_DEPTH, Searcher
+from train.options import progress, say
+
+QUERIES_AT_ONCE = 4
+MOST_QUERIES = 500
+"""Validation queries that the sum is fitted on, at most."""
+
+
+@dataclasses.dataclass(frozen=True)
+class FirstStage:
+    """A searcher over a collection and the order whose best candidates are ranked.
+
+    `fitted` holds what the sum reached; None where there was nothing to fit.
+    """
+
+    collection: Collection
+    threshold: int
+    searcher: Searcher
+    order: Order
+    fitted: Fitted | None = None
+
+    def seen(self) -> np.ndarray:
+        """A mask over the documents: those that training, mining and fitting may look at."""
+        unseen = self.collection.unseen_documents
+        return np.array([key not in unseen for key in self.searcher.index.ids])
+
+    def candidates(
+        self, queries: Sequence[Query], *, depth: int = RETRIEVE_DEPTH, seen_only: bool = True
+    ) -> dict[str, Candidates]:
+        """By query id, what the sources find: the best `depth` documents of each."""
+        found = self.searcher.find_all(
+            [query.text for query in queries], depth, self.seen() if seen_only else None
+        )
+        return {query.id: candidates for query, candidates in zip(queries, found, strict=True)}
+
+    def graded(self, queries: Sequence[Query]) -> GradedCandidates:
+        """Candidates of queries with the grades of their seen documents."""
+        unseen = self.collection.unseen_documents
+        qrels = {
+            query.id: {d: g for d, g in self.collection.qrels.get(query.id, {}).items() if d not in unseen}
+            for query in queries
+        }
+        return GradedCandidates(self.candidates(queries), self.searcher.index.ids, qrels, self.threshold)
+
+    def mine(self, queries: Sequence[Query], *, depth: int, seen_only: bool = True) -> Run:
+        """The best `depth` documents for each query by the first stage's order, with its scores.
+
+        Args: `seen_only` leaves out the unseen documents, as every training use must.
+        """
+        mined: Run = {}
+        wide = max(depth, RETRIEVE_DEPTH)
+        for query_id, found in self.candidates(queries, depth=wide, seen_only=seen_only).items():
+            head = found.at(head_of(found, self.order, depth))
+            keys = [self.searcher.index.ids[position] for position in head.positions.tolist()]
+            mined[query_id] = dict(zip(keys, self.order.scores(head).tolist(), strict=True))
+        return mined
+
+    def rank(self, candidates: Mapping[str, Candidates], depth: int) -> dict[str, np.ndarray]:
+        """By query id, the ranker's scores of the best `depth` candidates, in the order of the first stage."""
+        ranker, scorer = self.searcher.ranker, self.searcher.scorer
+        assert ranker is not None
+        assert scorer is not None
+        scores, queries = {}, list(candidates)
+        with progress("ranking validation queries", len(queries)) as advance:
+            for start in range(0, len(queries), QUERIES_AT_ONCE):
+                part, requests = queries[start : start + QUERIES_AT_ONCE], []
+                for query_id in part:
+                    found = candidates[query_id]
+                    positions = found.positions[head_of(found, self.order, depth)].tolist()
+                    prompt = self.searcher.prompt(self.collection.queries[query_id].text, positions)
+                    requests.append(ScoreRequest(prompt.prefix, prompt.items))
+                for query_id, logits in zip(part, scorer.score(requests), strict=True):
+                    scores[query_id] = ranker.scores(logits)
+                advance(len(part))
+        return scores
+
+
+def open_first_stage(
+    collection: Collection,
+    vertical: Vertical,
+    encoder: TextEncoder,
+    *,
+    view: str,
+    index: ExactIndex | None = None,
+    ranker: TextRanker | None = None,
+    scorer: PrefillScorer | None = None,
+) -> FirstStage:
+    """Indexes a collection and fits the sum of similarity and BM25 on its validation queries and seen documents.
+
+    Where nothing can be fitted the order is reciprocal rank fusion; where bm25s is not installed, similarity alone. A
+    line says so.
+
+    Args:
+      view: which view of a document the encoder reads; words are those of the vertical's `lexical_view`.
+      index: the documents' embeddings; None: made here.
+    """
+    documents = list(collection.documents.values())
+    if index is None:
+        texts = [vertical.document_text(document, view) for document in documents]
+        index = ExactIndex(encoder.embed_documents(texts), [document.id for document in documents])
+    else:
+        documents = [collection.documents[key] for key in index.ids]
+    bm25 = None
+    if importlib.util.find_spec("bm25s"):
+        lexical_view = vertical.words_of(view)
+        bm25 = Bm25Index([vertical.document_text(d, lexical_view) for d in documents], index.ids)
+    searcher = Searcher(
+        documents,
+        vertical,
+        encoder=encoder,
+        index=index,
+        bm25=bm25,
+        orders=Orders.unfitted(),
+        ranker=ranker,
+        scorer=scorer,
+    )
+    unfitted = {order.name: order for order in UNFITTED}
+    stage = FirstStage(collection, vertical.relevant_threshold, searcher, unfitted["rrf"])
+    if bm25 is None:
+        say("bm25s is not installed: candidates are found by embeddings alone")
+        return dataclasses.replace(stage, order=unfitted["encoder"])
+    queries = collection.split("validation")[:MOST_QUERIES]
+    try:
+        fitted = fit_sum(stage.graded(queries)) if queries else None
+    except InputError:
+        fitted = None
+    if fitted is None:
+        say("no graded validation query: candidates are those of reciprocal rank fusion, nothing is fitted")
+        return stage
+    return dataclasses.replace(stage, order=fitted.order, fitted=fitted)
