@@ -4,7 +4,7 @@
 
 On the way it fits, on validation queries and seen documents, every order in which results can be served (BM25, encoder,
 their rank fusion and weighted sum, the ranker, the ranker's weighted sum with them) and each order's calibration, and
-takes the best one: an order with the ranker only where it is better by more than chance. It also records known answers
+takes the weighted sum, or what is better than it by more than chance. It also records known answers
 for the server's self-test. Writes `bundle/` and `report.json`; `train.evaluate` measures the bundle, then
 `python -m serve.main --bundle work/demo/export/bundle` serves it.
 """
@@ -53,7 +53,8 @@ class ExportConfig:
     vertical: str = "configs/verticals/onet_activities"
     """Folder with fields, views, policy and prompts."""
     order: str = ""
-    """How results are sorted: bm25, encoder, rrf, sum, ranker or sum+ranker; empty: the best on validation queries."""
+    """How results are sorted: bm25, encoder, rrf, sum, ranker or sum+ranker; empty: sum, or what is better than it on
+    validation queries by more than chance."""
     allow_worse: bool = False
     """Serve `order` even where another one is better on validation queries; with no order named, serve the best one
     that uses the ranker."""

@@ -18,6 +18,8 @@ from jaxsearch.metrics import Interval, PerQuery, bootstrap_ci, paired_bootstrap
 from jaxsearch.search.candidates import Candidates
 from jaxsearch.search.orders import HEADLINE, UNFITTED, Order, Orders, arrange, head_of
 
+BASELINE = "sum"
+"""What every other order has to beat."""
 NUM_FOLDS = 5
 SHARES = tuple(step / 20 for step in range(21))
 """Shares of BM25 in `sum` that are tried, and but for the first those of the ranker in `sum+ranker`."""
@@ -106,8 +108,8 @@ def fit_orders(
 ) -> Orders:
     """Fits every order, states its NDCG@10, and chooses the one to serve.
 
-    Without the ranker the best order is the one with the highest mean. An order with the ranker costs far more: it is
-    served only where it is better than that one by more than chance (95 % interval of the paired difference above 0).
+    The fitted sum is served unless another order is better by more than chance (95 % interval of the paired difference
+    above 0). An order with the ranker, which costs far more, must be so against the best order without it.
 
     Args:
       fitted_sum: what `fit_sum` gave for these queries, and perhaps for more.
@@ -144,14 +146,24 @@ def fit_orders(
 def choose(values: Mapping[str, PerQuery], orders: Mapping[str, Order]) -> tuple[str, str]:
     """The order to serve and a sentence that says why; see `fit_orders`."""
     means = {name: float(np.mean(list(per_query.values()))) for name, per_query in values.items()}
-    plain = max((name for name in means if not orders[name].uses_ranker), key=lambda name: means[name])
-    ranked = max((name for name in means if orders[name].uses_ranker), key=lambda name: means[name])
-    difference = paired_bootstrap(values[ranked], values[plain])
-    told = f"{ranked} {means[ranked]:.3f} against {plain} {means[plain]:.3f} on {len(values[plain])} validation queries"
-    told += f", difference {_signed(difference)}"
+
+    def best(names: Sequence[str]) -> str:
+        return max(names, key=lambda name: means[name])
+
+    def gain(name: str, over: str) -> Interval:
+        return paired_bootstrap(values[name], values[over])
+
+    others = [name for name in means if not orders[name].uses_ranker and name != BASELINE]
+    plain = best([BASELINE, *(name for name in others if gain(name, BASELINE).low > 0)])
+    ranked = best([name for name in means if orders[name].uses_ranker])
+    difference = gain(ranked, plain)
+    told = (
+        f"NDCG@10 on {len(values[plain])} validation queries is {means[ranked]:.3f} with it ({ranked}) and "
+    )
+    told += f"{means[plain]:.3f} without ({plain}), difference {_signed(difference)}."
     if difference.low > 0:
-        return ranked, f"Served: {ranked}. The ranker earns its place: NDCG@10 {told}."
-    return plain, f"Served: {plain}, without the ranker, which has not earned its place: NDCG@10 {told}."
+        return ranked, f"Served: {ranked}. The ranker earns its place: {told}"
+    return plain, f"Served: {plain}, without the ranker, which has not earned its place: {told}"
 
 
 def held_out_error(
