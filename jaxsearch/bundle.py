@@ -108,7 +108,7 @@ class Bundle:
             bm25=Bm25Index(texts, self.index.ids),
             orders=self.orders,
             ranker=self.ranker,
-            scorer=self.scorer(),
+            make_scorer=self.scorer,
         )
 
     def search(
@@ -161,7 +161,6 @@ def write_bundle(
     orders: Orders | None = None,
     triples: Sequence[tuple[str, str, str]] = (),
     model_card: str = "",
-    quality: Sequence[Mapping[str, Any]] = (),
 ) -> Path:
     """Writes a bundle in one step: until it is whole, nothing is at `directory`.
 
@@ -172,7 +171,6 @@ def write_bundle(
       max_batch_tokens: of the largest launch; `serve.plan` fits launches to traffic.
       orders: how results are sorted; None: nothing was fitted.
       triples: (query, fitting document, other document) texts for the self-test.
-      quality: what was measured before, a row per system; the server shows it.
     Raises: InputError when parts do not fit together, or `directory` holds something that is not a bundle.
     """
     directory = Path(directory)
@@ -211,7 +209,7 @@ def write_bundle(
         index.save(part / "index")
         write_json(part / ORDERS, (orders or Orders.unfitted()).to_json())
         answers = known_answers(ranker, lattice, triples)
-        write_json(part / QUALITY, list(quality))
+        write_json(part / QUALITY, [])
         write_json(part / "selftest.json", [dataclasses.asdict(answer) for answer in answers])
         (part / CARD).write_text(model_card, encoding="utf-8")
         _write_manifest(part, name, encoder, ranker, lattice, lexical_view)
@@ -244,7 +242,9 @@ def _stated(path: Path) -> dict[str, Any]:
 
 
 def document_bundle(directory: str | Path, *, card: str, quality: Sequence[Mapping[str, Any]]) -> None:
-    """Puts another card and other measurements into a bundle, in one step; answers and revision stay what they are.
+    """Puts another card and measurements into a bundle, in one step; answers and revision stay what they are.
+
+    Args: `quality` has a row per system; the server shows it.
 
     Raises: InputError when there is no bundle, or its folder cannot be written to.
     """
@@ -261,7 +261,7 @@ def document_bundle(directory: str | Path, *, card: str, quality: Sequence[Mappi
         write_json(part / MANIFEST, manifest)
         replace_folder(part, directory)
     except OSError as error:
-        raise InputError(f"cannot write to {directory}: {error.strerror}") from None
+        raise InputError(f"cannot write to {directory}: {error.strerror or error}") from None
     finally:
         shutil.rmtree(part, ignore_errors=True)
 

@@ -5,9 +5,7 @@ in `losses`.
 """
 
 import dataclasses
-import json
 from collections.abc import Sequence
-from pathlib import Path
 
 import numpy as np
 from jaxtyping import Bool, Float
@@ -44,18 +42,6 @@ class IsotonicMap:
         0.5
         """
         return np.asarray(np.interp(scores, self.x, self.y))
-
-    def save(self, path: str | Path) -> None:
-        Path(path).write_text(json.dumps(dataclasses.asdict(self)) + "\n", encoding="utf-8")
-
-    @classmethod
-    def load(cls, path: str | Path) -> "IsotonicMap":
-        """Reads what `save` wrote. Raises: InputError when the file is absent or not such a map."""
-        try:
-            content = json.loads(Path(path).read_text(encoding="utf-8"))
-            return cls(tuple(map(float, content["x"])), tuple(map(float, content["y"])))
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            raise InputError(f"{path} is not a calibration map ({error}); export the bundle again") from None
 
 
 def fit_isotonic(

@@ -41,7 +41,7 @@ MAX_REQUEST_TOKENS = 300_000
 CHARACTERS_PER_TOKEN = 4
 """About: what waits to be tokenised is admitted by this, so that a crowd does not wait there instead."""
 MAX_QUERY_CHARACTERS = 32_768
-"""Of a search; the ranker's own limit, where it reads the query, is lower."""
+"""The limit of a search's query; the ranker's own limit, where it reads the query, is lower."""
 POLL_SECONDS = 0.25
 """How often a waiting request looks whether its client is still there."""
 
@@ -210,6 +210,8 @@ class Service:
             "order": orders.default,
             "order_reason": orders.reason,
             "orders": [_about_order(order) for order in orders.orders.values()],
+            "first_stage": orders.first_stage.name,
+            "ranked_order": orders.ranked.name,
             "rank_depth": orders.rank_depth,
             "quality": bundle.quality,
             "num_documents": len(bundle.documents),

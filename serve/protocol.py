@@ -100,7 +100,7 @@ class RetrieveOptions(OurBody):
 
 
 class RankOptions(OurBody):
-    """Whether and how the ranker sorts them."""
+    """The ranker's part in sorting them."""
 
     depth: Annotated[int, Field(ge=0, le=MAX_DEPTH)] | None = None
     """The best candidates, which the ranker scores; 0: no ranker; absent: as `/info` says (`order`, `rank_depth`)."""
@@ -121,7 +121,7 @@ class SearchBody(OurBody):
     filter: dict[str, Any] | None = None
     """`and`, `or`: lists of filters; `not`: a filter; or a `field` with one of eq ne in lt lte gt gte exists."""
     order: str | None = None
-    """One of `orders` in `/info`; absent: the bundle's own, which was best on validation queries."""
+    """One of `orders` in `/info`; absent: the bundle's own, see `order_reason` there."""
     retrieve: RetrieveOptions = RetrieveOptions()
     rank: RankOptions = RankOptions()
     facets: list[str] = []
@@ -223,7 +223,7 @@ def validate(
 
 class RelevanceScore(pydantic.BaseModel):
     raw: float
-    """What the order sorts by: a weighted sum of signals, or the ranker's yes minus no in logits."""
+    """The number that sorts: a weighted sum of signals, or the ranker's yes minus no in logits."""
     calibrated: float | None
     """A probability; null where the bundle has no calibration."""
 
@@ -265,7 +265,7 @@ class SearchReply(pydantic.BaseModel):
     """Candidates, so results over all pages; not how many documents pass the filter."""
     depth_used: dict[Literal["retrieve", "rank"], int]
     starved: bool
-    """Whether a filter left fewer candidates than `retrieve.depth`."""
+    """True where fewer documents pass the filter than `retrieve.depth`."""
     model_revision: str
     index_revision: str
     usage: dict[str, int]

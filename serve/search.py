@@ -47,7 +47,7 @@ class SearchService:
         self._pinned: collections.OrderedDict[str, _Pinned] = collections.OrderedDict()
 
     def uses_ranker(self, body: SearchBody) -> bool:
-        """Whether the ranker will read the query. Raises: RequestError 400 for an order that cannot be served."""
+        """True where the ranker will read the query. Raises: RequestError 400 for an order that cannot be served."""
         return self._plan(body).order.uses_ranker
 
     def expected_tokens(self, body: SearchBody) -> int:
@@ -62,8 +62,10 @@ class SearchService:
         begun = time.perf_counter()
         if body.cursor is not None:
             return self._page(body, begun)
-        searcher, stages = self.searcher, dict[str, float]()
-        request, plan = _request(body), self._plan(body)
+        searcher = self.searcher
+        stages: dict[str, float] = {}
+        plan = self._plan(body)
+        request = _request(body)
         with blaming("filter"):
             passing = await self._host(searcher.passing, request)
         for param, part in (("facets", {"fields": None}), ("fields", {"facets": ()})):
@@ -88,11 +90,8 @@ class SearchService:
             scores = self.bundle.ranker.scores(scored.logits)
             stages["rank"] = outcome.compute_seconds
             stages["queue"] = stages.get("queue", 0.0) + outcome.queue_seconds
-        found = dataclasses.asdict(searcher.shape(request, plan, candidates, passing, scores))
+        found = await self._host(self._shaped, request, plan, candidates, passing, scores)
         results = found.pop("results")
-        if not body.explain:
-            for result in results:
-                del result["explain"]
         reply = found | self._about(scored)
         key = self._pin(body, reply, results)
         for stage, seconds in stages.items():
@@ -103,6 +102,14 @@ class SearchService:
 
     async def _host(self, function: Callable[..., Any], *arguments: Any) -> Any:
         return await asyncio.get_running_loop().run_in_executor(self._executor, function, *arguments)
+
+    def _shaped(self, request: SearchRequest, *arguments: Any) -> dict[str, Any]:
+        """The library's reply as JSON values; results explain themselves where they were asked to."""
+        reply = dataclasses.asdict(self.searcher.shape(request, *arguments))
+        if not request.explain:
+            for result in reply["results"]:
+                del result["explain"]
+        return reply
 
     def _about(self, scored: Scored | None) -> dict[str, Any]:
         return {
@@ -122,16 +129,15 @@ class SearchService:
         if set(body.rank.objective) != {"relevance"}:
             message = f"rank.objective {sorted(body.rank.objective)}: this server has 'relevance' only"
             raise RequestError(400, message, param="rank.objective")
-        if body.retrieve.sources is not None and not body.retrieve.sources:
-            message = "retrieve.sources is empty; give 'embedding', 'bm25' or both, or leave it out"
-            raise RequestError(400, message, code="empty_input", param="retrieve.sources")
 
     def _plan(self, body: SearchBody) -> Plan:
         self._check(body)
         try:
             return self.searcher.plan(_request(body))
         except InputError as error:
-            param = "order" if body.order else "rank.depth"
+            param = (
+                "order" if body.order else "retrieve.sources" if body.retrieve.sources == [] else "rank.depth"
+            )
             raise RequestError(400, str(error), param=param) from None
 
     def _score_job(self, query: str, positions: list[int]) -> Job:

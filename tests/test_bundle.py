@@ -75,7 +75,7 @@ def test_a_bundle_is_documented_in_one_step_and_stays_what_it_is(written, copy):
 
 
 @pytest.mark.parametrize(
-    "content", ["{", "[]", '{"orders": [], "default": "sum", "reason": "", "rank_depth": 1}']
+    "content", ["{", "[]", '{"orders": [], "default": "sum", "reason": "", "rank_depth": 1, "plain": "sum"}']
 )
 def test_broken_orders_are_one_clear_error(copy, content):
     (copy / "orders.json").write_text(content)

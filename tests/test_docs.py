@@ -91,7 +91,7 @@ def launch(words: list[str], parts: dict[str, Path], monkeypatch) -> None:
         if not (is_given and value.startswith(("base=", "layers=")))
     ]
     own = ["collection=my/data", "vertical=my/vertical"]
-    here = [*own, *tiny] if module != "train.export" else [*own, "name=tiny", "lexical_view=full"]
+    here = [*own, *tiny] if module != "train.export" else [*own, "name=tiny"]
     monkeypatch.setattr(sys, "argv", [module, *arguments, "--quick", "--set", *here])
     runpy.run_path(str(ROOT / Path(*module.split(".")).with_suffix(".py")), run_name="__main__")
 

@@ -17,7 +17,8 @@ from jaxsearch.metrics import Interval
 from jaxsearch.retrieval.exact import ExactIndex
 from jaxsearch.retrieval.lexical import Bm25Index
 from jaxsearch.retrieval.scann import ScannIndex
-from tests.tiny_bundle import write_parts
+from jaxsearch.search.orders import Orders
+from tests.tiny_bundle import relist, write_parts
 from tests.tiny_collection import tiny_judge, write_words
 from train import evaluate, export, index, plots, report, report_stages
 from train.evaluate import EvaluateConfig
@@ -315,6 +316,20 @@ def test_launcher_without_a_bundle_has_the_rows_that_need_none(parts, tmp_path):
     stated = json.loads((tmp_path / "report.json").read_text())
     assert [group["num_queries"] for group in stated["groups"]] == [4]
     assert list(stated["groups"][0]["columns"]["all"]["means"]) == list(systems)
+
+
+def test_a_bundle_that_could_not_be_fitted_is_measured_by_what_it_has(parts, tmp_path):
+    bundle = shutil.copytree(parts["bundle"], tmp_path / "bundle")
+    (bundle / "orders.json").write_text(json.dumps(Orders.unfitted(rank_depth=3).to_json()))
+    relist(bundle)
+    config = config_of(
+        parts, bundle=str(bundle), other_rankers=(), systems=("bm25:short", "rrf", "sum", "served")
+    )
+    evaluate.main(dataclasses.replace(config, num_queries=4), tmp_path)
+    stated = json.loads((tmp_path / "report.json").read_text())
+    assert list(stated["groups"][0]["columns"]["all"]["means"]) == ["bm25:short", "rrf", "served"]
+    assert any("the bundle has no order sum" in note for note in stated["notes"]["text"])
+    assert "Not measured yet" in (bundle / "MODEL_CARD.md").read_text() or load_bundle(bundle).quality
 
 
 def test_a_bundle_of_other_data_or_another_vertical_is_refused(parts, tmp_path):

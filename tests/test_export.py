@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import shutil
 
 import pytest
 
@@ -11,8 +12,8 @@ from jaxsearch.errors import InputError
 from jaxsearch.ranker import load_ranker, save_ranker
 from jaxsearch.search.orders import NAMES
 from tests.tiny_bundle import write_parts
-from tests.tiny_collection import write_collection
-from train import export, index
+from tests.tiny_collection import write_collection, write_words
+from train import export, first_stage, index
 
 
 @pytest.fixture(scope="module")
@@ -53,10 +54,21 @@ def test_an_index_of_other_data_is_refused(made, tmp_path):
         export.main(config, tmp_path)
 
 
-def test_a_ranker_with_random_weights_is_not_served_unless_it_is_wanted(made, tmp_path, capsys):
-    """Its order is told, and stands in the bundle's card."""
-    config = export.ExportConfig(rank_depth=12, max_batch_tokens=256, **made)
-    export.main(config, tmp_path)
+@pytest.fixture(scope="module")
+def words(made, tmp_path_factory) -> export.ExportConfig:
+    """24 validation queries, which words alone answer, and a ranker with random weights."""
+    root = tmp_path_factory.mktemp("words")
+    values = made | {
+        "collection": str(write_words(root / "data", num_queries=72)),
+        "index": str(root / "index"),
+    }
+    names = ("encoder", "vertical", "collection")
+    index.main(index.IndexConfig(**{name: values[name] for name in names}), root)
+    return export.ExportConfig(rank_depth=12, max_batch_tokens=256, **values)
+
+
+def test_a_ranker_with_random_weights_is_not_served_unless_it_is_wanted(words, tmp_path, capsys):
+    export.main(words, tmp_path)
     orders = load_bundle(tmp_path / "bundle").orders
     assert not orders[orders.default].uses_ranker
     said = f"Served: {orders.default}, without the ranker, which has not earned its place"
@@ -64,13 +76,34 @@ def test_a_ranker_with_random_weights_is_not_served_unless_it_is_wanted(made, tm
     assert said in (tmp_path / "bundle" / "MODEL_CARD.md").read_text()
     assert orders["ranker"].validation.value < orders[orders.default].validation.value
     with pytest.raises(InputError, match=r"search would be worse with it; .* --allow-worse"):
-        export.main(dataclasses.replace(config, order="ranker"), tmp_path)
-    export.main(dataclasses.replace(config, allow_worse=True), tmp_path)
+        export.main(dataclasses.replace(words, order="ranker"), tmp_path)
+    export.main(dataclasses.replace(words, allow_worse=True), tmp_path)
     forced = load_bundle(tmp_path / "bundle").orders
     assert forced[forced.default].uses_ranker
     assert "as it was asked for" in forced.reason
-    export.main(dataclasses.replace(config, order="ranker", allow_worse=True), tmp_path)
+    export.main(dataclasses.replace(words, order="ranker", allow_worse=True), tmp_path)
     assert load_bundle(tmp_path / "bundle").orders.default == "ranker"
+
+
+def test_queries_too_long_for_the_ranker_are_left_out_of_the_fit_and_counted(words, tmp_path, capsys):
+    data = shutil.copytree(words.collection, tmp_path / "data")
+    rows = [json.loads(line) for line in (data / "queries.jsonl").read_text().splitlines()]
+    rows[2]["text"] *= 20
+    (data / "queries.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    index.main(
+        index.IndexConfig(encoder=words.encoder, vertical=words.vertical, collection=str(data)), tmp_path
+    )
+    export.main(dataclasses.replace(words, collection=str(data), index=str(tmp_path / "index")), tmp_path)
+    assert "1 validation queries are too long for the ranker" in capsys.readouterr().out
+    assert json.loads((tmp_path / "report.json").read_text())["calibration"]["num_queries"] == 23
+
+
+def test_more_validation_queries_than_the_sum_is_fitted_on(words, tmp_path, monkeypatch):
+    monkeypatch.setattr(first_stage, "MOST_QUERIES", 10)
+    export.main(words, tmp_path)
+    report = json.loads((tmp_path / "report.json").read_text())
+    assert report["calibration"]["num_queries"] == 10
+    assert "too few to tell" in report["reason"]
 
 
 def test_without_grades_nothing_is_fitted_and_that_is_told(made, tmp_path, capsys):
@@ -84,10 +117,14 @@ def test_without_grades_nothing_is_fitted_and_that_is_told(made, tmp_path, capsy
     export.main(config, tmp_path)
     bundle = load_bundle(tmp_path / "bundle")
     assert bundle.orders.default == "rrf"
-    assert "no graded validation queries" in " ".join(capsys.readouterr().out.split())
+    assert "there are no graded validation queries, so that nothing" in " ".join(
+        capsys.readouterr().out.split()
+    )
     assert len(bundle.search("work with bread").results) == 10
     export.main(dataclasses.replace(config, order="bm25"), tmp_path)
     assert load_bundle(tmp_path / "bundle").orders.default == "bm25"
+    export.main(dataclasses.replace(config, allow_worse=True), tmp_path)
+    assert load_bundle(tmp_path / "bundle").orders.default == "ranker"
     with pytest.raises(InputError, match="unknown order 'best': set order to one of bm25, encoder"):
         export.main(dataclasses.replace(config, order="best"), tmp_path)
 

@@ -58,6 +58,11 @@ def test_what_is_left_out_follows_from_what_is_said(bundle, options, order, firs
         ({"order": "bm25", "sources": ["embedding"]}, "order 'bm25' reads bm25, which sources leave out"),
         ({"order": "ranker", "rank_depth": 0}, "order 'ranker' needs a rank depth of 1 or more, not 0"),
         ({"order": "rrf", "rank_depth": 3}, "order 'rrf' has no ranker: a rank depth of 0, not 3"),
+        ({"sources": []}, "sources must be some of embedding, bm25, not"),
+        ({"sources": ["words"]}, "sources must be some of embedding, bm25, not"),
+        ({"top_k": 0}, "top_k must be at least 1, not 0"),
+        ({"retrieve_depth": 0}, "retrieve_depth must be at least 1, not 0"),
+        ({"rank_depth": -1}, "rank_depth must be at least 0, not -1"),
         ({"facets": ["salary"]}, "unknown field 'salary' in facets"),
         ({"fields": ["salary"]}, "unknown field 'salary' in fields"),
         ({"filter": {"field": "pay", "near": 3}}, "needs exactly one of eq"),
@@ -70,15 +75,23 @@ def test_what_does_not_go_together_is_refused(bundle, options, message):
 
 @pytest.mark.parametrize("order", ["bm25", "encoder", "rrf", "ranker"])
 @pytest.mark.parametrize("query", QUERIES)
-def test_a_filter_only_removes_documents(bundle, order, query):
-    """But for fusion by rank, whose ranks are those of what is left."""
+def test_a_filter_removes_documents_and_moves_none_in_orders_by_signals(bundle, order, query):
     whole = bundle.search(query, order=order)
     condition = {"field": "pay", "gte": 45}
     passing = {document.id for document in DOCUMENTS if document.fields["pay"] >= 45}
     left = bundle.search(query, order=order, filter=condition)
     assert set(ids(left)) == passing & set(ids(whole))
-    if order != "rrf":
+    if order != "rrf":  # whose ranks are those of what is left
         assert ids(left) == [key for key in ids(whole) if key in passing]
+    assert left.starved
+    assert not bundle.search(query, order=order, filter={"field": "pay", "exists": True}).starved
+
+
+def test_a_query_too_long_for_the_ranker_is_refused_only_where_it_reads_it(bundle):
+    query = "write code " * 60
+    with pytest.raises(InputError, match="query"):
+        bundle.search(query)
+    assert ids(bundle.search(query, order="bm25")) == ids(bundle.search("write code", order="bm25"))
 
 
 def test_signals_are_known_whichever_source_found_a_document(bundle):

@@ -52,8 +52,12 @@ def test_every_vertical_that_ships_loads(directory: Path):
         ),
         ('name = "x"\nquery_instruction = ""\nrelevant_threshold = 2\n[views]', "one view at least"),
         (
+            'name = "x"\nlexical_view = "b"\nquery_instruction = ""\nrelevant_threshold = 2\n[views]\na = ["c"]',
+            "lexical_view must be one of the views, not 'b'",
+        ),
+        (
             'name = "x"\ntop = 1\nquery_instruction = ""\nrelevant_threshold = 2\n[views]\na = ["b"]',
-            r"unknown key 'top' \(known: name, query_instruction, relevant_threshold, views, examples\)",
+            r"unknown key 'top' \(known: name, query_instruction, relevant_threshold, views, examples, lexical_view\)",
         ),
     ],
 )

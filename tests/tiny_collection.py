@@ -35,12 +35,15 @@ def write_collection(folder: Path) -> Path:
     return folder
 
 
-def write_words(folder: Path) -> Path:
-    """Forty documents of three words and 24 queries of two, of two kinds, graded by the words that they share."""
+def write_words(folder: Path, *, num_queries: int = 24) -> Path:
+    """Forty documents of three words and queries of two, of two kinds, graded by the words that they share.
+
+    A third of the queries is for validation, the others for testing.
+    """
     folder.mkdir(parents=True)
     rng = np.random.default_rng(0)
     texts = [" ".join(rng.choice(WORDS, 3, replace=False)) for _ in range(40)]
-    queries = [" ".join(rng.choice(WORDS, 2, replace=False)) for _ in range(24)]
+    queries = [" ".join(rng.choice(WORDS, 2, replace=False)) for _ in range(num_queries)]
     files = {
         "documents": [
             {"id": f"d{number:02}", "title": text, "tasks": [f"{WORDS[number % 12]} often."]}

@@ -14,7 +14,7 @@ from jaxsearch.data.verticals import Vertical
 from jaxsearch.ranker import TextRanker
 from jaxsearch.scoring.prefill import PrefillScorer, ScoreRequest
 from jaxsearch.search.orders import Orders
-from train.report import quality_rows
+from train.report import markdown_table, quality_rows
 from train.speed import spread, timed
 
 QUALITY = "## Quality"
@@ -33,7 +33,7 @@ class CardFacts:
     """Cards of the model folders by kind."""
     orders: Orders
     calibration: Mapping[str, float | int]
-    """Of the served order."""
+    """Facts about the served order's calibration."""
     speed: Mapping[str, Any]
 
 
@@ -130,7 +130,8 @@ def _orders(orders: Orders) -> list[str]:
     return [
         orders.reason,
         "",
-        "NDCG@10 on validation queries and seen documents, with 95 % intervals; fitted weights are cross-fitted.",
+        "NDCG@10 on validation queries and seen documents, with 95 % intervals. The weight of sum is fitted on these "
+        "queries, the ranker's share in sum+ranker is cross-fitted.",
         "",
         *_table(rows),
     ]
@@ -142,28 +143,21 @@ def with_quality(card: str, report: Mapping[str, Any]) -> str:
     Args: `report` is what train.evaluate wrote.
     """
     group = report["groups"][0]
-    lines = [
-        QUALITY,
-        "",
+    section = [
         f"{group['num_queries']} {group['name']}; intervals are 95 %, by bootstrap over queries.",
         "",
         *_table(quality_rows(report)),
-        "",
-        "",
     ]
-    before, _, rest = card.partition(QUALITY)
-    _, heading, after = rest.partition("\n## ")
-    return before + "\n".join(lines).removesuffix("\n") + heading.removeprefix("\n") + after
+    before, _, rest = card.partition(f"{QUALITY}\n")
+    after = rest.partition("\n## ")[2]
+    parts = [before.rstrip(), QUALITY, "\n".join(section), *([f"## {after}".rstrip()] if after else [])]
+    return "\n\n".join(parts) + "\n"
 
 
 def _table(rows: Sequence[Mapping[str, Any]]) -> list[str]:
-    header = list(rows[0])
-    cells = [["" if value is None else str(value) for value in row.values()] for row in rows]
-    return [
-        "| " + " | ".join(header) + " |",
-        "| --- |" + " ---: |" * (len(header) - 1),
-        *("| " + " | ".join(row) + " |" for row in cells),
-    ]
+    return markdown_table(
+        list(rows[0]), [["" if value is None else str(value) for value in row.values()] for row in rows]
+    )
 
 
 def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

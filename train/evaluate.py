@@ -17,33 +17,24 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-import numpy as np
 import rich.console
 
-from jaxsearch.bundle import CARD, Bundle, document_bundle, load_bundle, serving_dtype
+from jaxsearch.bundle import CARD, Bundle, document_bundle, load_bundle, revision_of, serving_dtype
 from jaxsearch.data.records import Collection, Query, Run
 from jaxsearch.data.verticals import Vertical
 from jaxsearch.errors import InputError
 from jaxsearch.files import write_json
-from jaxsearch.judge import load_judge, predicted_grade
-from jaxsearch.metrics import kappa_interval
-from jaxsearch.ranker import load_ranker
-from jaxsearch.retrieval import to_run
-from jaxsearch.retrieval.exact import ExactIndex
-from jaxsearch.retrieval.lexical import Bm25Index
 from jaxsearch.search.orders import NAMES
-from jaxsearch.search.searcher import Searcher
 from train import plots, report, report_stages
 from train.card import with_quality
 from train.config import Count, CountOrNone
-from train.inputs import check_view, draw, load_data, load_retriever, offline_scorer, qrels_of
-from train.label import label_pairs
-from train.options import progress, run
+from train.first_stage import draw
+from train.inputs import check_view, load_data, qrels_of
+from train.options import run
 from train.report_html import Shown, training_curves, write_html
-from train.served import order_runs, served_run, server_run
+from train.systems import Systems, order_runs, served_run, server_run
 
 FIRST_STAGES = ("encoder", "rrf", "sum")
-QUERIES_AT_ONCE = 4
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,8 +42,9 @@ class EvaluateConfig:
     """Which systems are compared, on which queries."""
 
     systems: tuple[str, ...] = (
-        "bm25", "minilm", "encoder", "rrf", "sum", "judge", "ranker", "sum+ranker", "served",
-    )  # fmt: skip
+        *("bm25", "minilm", "encoder", "rrf", "sum"),
+        *("judge", "ranker", "sum+ranker", "served"),
+    )
     """Rows of the table, in order: bm25 (every view), bm25:<view>, minilm, encoder, rrf, sum, judge, ranker,
     sum+ranker, served, server."""
     bundle: str = "work/export/bundle"
@@ -90,81 +82,14 @@ class EvaluateConfig:
     seed: int = 0
 
 
-class Stage:
-    """The collection and the bundle, and the runs that are made with them."""
+def open_bundle(config: EvaluateConfig, collection: Collection, vertical: Vertical) -> Bundle | None:
+    """The bundle in the dtype that its server computes in; None where the config names none.
 
-    def __init__(self, config: EvaluateConfig, collection: Collection, vertical: Vertical):
-        self.config, self.collection, self.vertical = config, collection, vertical
-        self.document_ids = list(collection.documents)
-        self.judged: Run = {}
-        self.bundle: Bundle | None = None
-        if config.bundle:
-            self.bundle = load_bundle(config.bundle, dtype=serving_dtype())
-            check_bundle(config, self.bundle, collection, vertical)
-
-    def texts(self, view: str) -> list[str]:
-        return [
-            self.vertical.document_text(document, view) for document in self.collection.documents.values()
-        ]
-
-    def lexical(self, queries: Sequence[Query], view: str) -> Run:
-        index = Bm25Index(self.texts(view), self.document_ids)
-        hits = index.search([query.text for query in queries], min(self.config.run_depth, len(index.ids)))
-        return to_run(hits, [query.id for query in queries], index.ids)
-
-    def dense(self, queries: Sequence[Query]) -> Run:
-        """The exhaustive search of an encoder as it comes."""
-        encoder = load_retriever(self.config.retriever)
-        index = ExactIndex(encoder.embed_documents(self.texts(self.config.view)), self.document_ids)
-        embeds = encoder.embed_queries([query.text for query in queries])
-        hits = index.search(embeds, min(self.config.run_depth, len(index.ids)))
-        return to_run(hits, [query.id for query in queries], index.ids)
-
-    def by_other_ranker(self, queries: Sequence[Query], name: str, folder: str) -> Run:
-        """The order `ranker` with another ranker behind the bundle's first stage."""
-        assert self.bundle is not None
-        ours = self.bundle.searcher
-        ranker = load_ranker(folder, dtype=self.config.dtype)
-        searcher = Searcher(
-            ours.documents,
-            ours.vertical,
-            encoder=ours.encoder,
-            index=ours.index,
-            bm25=ours.bm25,
-            orders=ours.orders,
-            ranker=ranker,
-            scorer=offline_scorer(ranker),
-        )
-        return order_runs(searcher, queries, ["ranker"], name)["ranker"]
-
-    def judge(self, folder: str, candidates: Run) -> tuple[Run, dict[str, Any]]:
-        """The judge's expected grades of the candidates, and its agreement with the collection's grades."""
-        judge = load_judge(folder, dtype=self.config.dtype)
-        scorer = offline_scorer(judge)
-        labels = []
-        queries = list(candidates)
-        with progress("judge", len(queries)) as advance:
-            for start in range(0, len(queries), QUERIES_AT_ONCE):
-                part = queries[start : start + QUERIES_AT_ONCE]
-                pairs = [(query, document) for query in part for document in candidates[query]]
-                labels += label_pairs(judge, scorer, self.collection, self.vertical, pairs)
-                advance(len(part))
-        self.judged = {query: {} for query in queries}
-        for label in labels:
-            self.judged[label.query_id][label.document_id] = label.expected_grade
-        kappa = kappa_interval(
-            predicted_grade(np.array([label.grade_probs for label in labels])),
-            [self.collection.grade(label.query_id, label.document_id) for label in labels],
-            groups=[label.query_id for label in labels],
-            num_samples=self.config.num_samples,
-            seed=self.config.seed,
-        )
-        agreement = {"weighted_kappa": kappa, "num_pairs": len(labels), "version": judge.version}
-        return self.judged, agreement
-
-
-def check_bundle(config: EvaluateConfig, bundle: Bundle, collection: Collection, vertical: Vertical) -> None:
-    """Raises: InputError when the bundle was made from other documents, queries, grades or another vertical."""
+    Raises: InputError when it was made from other documents, queries, grades or another vertical.
+    """
+    if not config.bundle:
+        return None
+    bundle = load_bundle(config.bundle, dtype=serving_dtype())
     if bundle.index.metadata.get("data") != collection.fingerprint():
         raise InputError(
             f"{config.bundle} was made from other data than {config.collection}; run train.index and train.export again"
@@ -173,10 +98,14 @@ def check_bundle(config: EvaluateConfig, bundle: Bundle, collection: Collection,
         raise InputError(
             f"{config.bundle} was made with another vertical than {config.vertical}; export it again"
         )
+    return bundle
 
 
 def resolved(config: EvaluateConfig, collection: Collection, vertical: Vertical) -> EvaluateConfig:
-    """With `bm25` written out and the baseline named; InputError for a view that no document can be read through."""
+    """With `bm25` written out, `server` added where one is named, and rows left out that the bundle has no order for.
+
+    Raises: InputError for a view that no document can be read through.
+    """
     views = tuple(f"bm25:{view}" for view in vertical.views)
     systems = [row for system in config.systems for row in (views if system == "bm25" else (system,))]
     if config.server and "server" not in systems:
@@ -184,9 +113,23 @@ def resolved(config: EvaluateConfig, collection: Collection, vertical: Vertical)
     for system in systems:
         if system.startswith("bm25:"):
             check_view(collection, vertical, system.partition(":")[2], field="systems=bm25:<view>")
+    return dataclasses.replace(config, systems=tuple(dict.fromkeys(systems)))
+
+
+def with_orders(config: EvaluateConfig, bundle: Bundle | None) -> EvaluateConfig:
+    """Without the rows for which the bundle has no order, and with the baseline named.
+
+    Raises: InputError for a baseline that does not rank all queries.
+    """
+    systems = config.systems
+    if bundle is not None:
+        systems = tuple(name for name in systems if name not in NAMES or name in bundle.orders.orders)
     whole = [system for system in systems if system != "judge"]
     baseline = config.baseline or ("sum" if "sum" in whole else whole[0] if whole else "")
-    return dataclasses.replace(config, systems=tuple(dict.fromkeys(systems)), baseline=baseline)
+    if baseline not in whole:
+        advice = f"set baseline to {' or '.join(whole)}" if whole else "add one to systems, for example bm25"
+        raise InputError(f"baseline {baseline!r} must be one of the systems that rank all queries: {advice}")
+    return dataclasses.replace(config, systems=systems, baseline=baseline)
 
 
 def check(config: EvaluateConfig, vertical: Vertical) -> dict[str, str]:
@@ -208,27 +151,26 @@ def check(config: EvaluateConfig, vertical: Vertical) -> dict[str, str]:
             raise InputError(f"system {wanted[0]!r} needs {field}: set {field}=… or leave the system out")
     if others and not config.bundle:
         raise InputError("other_rankers sort what a bundle finds: set bundle=DIR")
-    whole = [system for system in config.systems if system != "judge"]
-    if config.baseline not in whole:
-        advice = f"set baseline to {' or '.join(whole)}" if whole else "add one to systems, for example bm25"
-        raise InputError(
-            f"baseline {config.baseline!r} must be one of the systems that rank all queries: {advice}"
-        )
     return others
 
 
 def collect_runs(
-    stage: Stage, queries: Sequence[Query], subset: Sequence[Query], others: dict[str, str]
+    config: EvaluateConfig,
+    systems: Systems,
+    queries: Sequence[Query],
+    subset: Sequence[Query],
+    others: dict[str, str],
 ) -> tuple[dict[str, Run], dict[str, Run], dict[str, Any]]:
     """Runs of all queries by system, those of the subset alone (the judge's), and facts for the notes."""
-    config, bundle, facts = stage.config, stage.bundle, {}
+    bundle = systems.bundle
+    facts: dict[str, Any] = {}
     runs: dict[str, Run] = {}
     subset_runs: dict[str, Run] = {}
     seconds: dict[str, float] = {}
     by_order: dict[str, Run] = {}
     if bundle is not None:
         orders = bundle.orders
-        wanted = {*config.systems, *FIRST_STAGES, orders.first_stage.name}
+        wanted = {*config.systems, *FIRST_STAGES}
         names = [name for name in orders.orders if name in wanted]
         started = time.monotonic()
         by_order = order_runs(bundle.searcher, queries, names)
@@ -244,32 +186,37 @@ def collect_runs(
     for system in config.systems:
         started = time.monotonic()
         if system.startswith("bm25:"):
-            runs[system] = stage.lexical(queries, system.partition(":")[2])
+            runs[system] = systems.lexical(queries, system.partition(":")[2])
         elif system == "minilm":
-            runs[system] = stage.dense(queries)
+            runs[system] = systems.dense(queries)
         elif bundle is not None and system == "served":
             runs[system] = served_run(bundle, queries)
         elif bundle is not None and system == "server":
             runs[system] = server_run(config.server, queries, bundle.revision)
         elif bundle is not None and system == "judge":
             first = {query.id: by_order[bundle.orders.first_stage.name][query.id] for query in subset}
-            graded, facts["judge"] = stage.judge(config.judge, report.top(first, bundle.orders.rank_depth))
+            graded, facts["judge"] = systems.judge(config.judge, report.top(first, bundle.orders.rank_depth))
             subset_runs[system] = report.overlay(first, graded)
         elif system in by_order:
             runs[system] = by_order[system]
         seconds[system] = time.monotonic() - started
     for name, folder in others.items():
-        runs[name] = stage.by_other_ranker(queries, name, folder)
-    facts["data"] = stage.collection.fingerprint()
+        runs[name] = systems.by_other_ranker(queries, name, folder)
+    facts["data"] = systems.collection.fingerprint()
     facts["seconds"] = {system: round(value, 2) for system, value in seconds.items()}
-    qrels, threshold = qrels_of(stage.collection, queries), stage.vertical.relevant_threshold
+    qrels, threshold = qrels_of(systems.collection, queries), systems.vertical.relevant_threshold
     found = {
         name: run for name, run in runs.items() if name.startswith("bm25:") or name in ("minilm", *by_order)
     }
     found |= {name: by_order[name] for name in FIRST_STAGES if name in by_order}
     found = {name: run for name, run in found.items() if "ranker" not in name}
     facts["first_stage"] = report_stages.first_stage_rows(found, qrels, threshold=threshold)
-    facts["kinds"] = report_stages.kind_rows(runs, qrels, stage.collection, threshold=threshold)
+    bootstrap = {"num_samples": config.num_samples, "seed": config.seed}
+    facts["kinds"] = report_stages.kind_rows(
+        runs, qrels, systems.collection, threshold=threshold, **bootstrap
+    )
+    found_nothing = {name: sum(not found for found in run.values()) for name, run in runs.items()}
+    facts["found_nothing"] = {name: count for name, count in found_nothing.items() if count}
     return runs, subset_runs, facts
 
 
@@ -310,19 +257,25 @@ def notes_of(
         f"collection {collection.name} ({collection.fingerprint()}), {len(collection.documents)} documents; "
         f"relevant: grade {threshold} or above; NDCG has linear gain, NDCG exp 2^grade - 1",
         collection.notice or "grades are the collection's own",
-        "what a bundle answers is measured down to its first 100 documents; judge and rankers sort the first stage's "
-        f"best {facts.get('rank_depth', 0)}, the rest keeps its order below",
         "each column counts its own documents only; candidates come from the whole corpus",
         *report.LEGEND,
     ]
     if "order" in facts:
-        notes.append(facts["order_reason"])
-        notes.append(f"served: bundle {facts['bundle']}, order {facts['order']}, as its own search answers")
-        absent = [name for name in config.systems if name in NAMES and name not in facts["orders"]]
-        if absent:
-            notes.append(
-                f"the bundle has no order {', '.join(absent)}: nothing could be fitted when it was exported"
-            )
+        notes += [
+            facts["order_reason"],
+            f"served: bundle {facts['bundle']}, order {facts['order']}, as its own search answers",
+            "a bundle's answers are measured down to its first 100 documents; judge and rankers sort the first stage's "
+            f"best {facts['rank_depth']}, the rest keeps its order below",
+        ]
+    if absent := facts.get("absent"):
+        notes.append(
+            f"the bundle has no order {', '.join(absent)}: nothing could be fitted when it was exported"
+        )
+    if silent := facts.get("found_nothing"):
+        told = ", ".join(f"{name} for {count} queries" for name, count in silent.items())
+        notes.append(
+            f"nothing was found by {told}; a ranker refuses queries that are too long for its prompt"
+        )
     if judged := facts.get("judge"):
         value, low, high = judged["weighted_kappa"]
         notes.append(
@@ -347,6 +300,24 @@ def shown_system(runs: dict[str, Run]) -> str:
     return "served" if "served" in runs else list(runs)[-1]
 
 
+def put_into_card(config: EvaluateConfig, bundle: Bundle, written: dict[str, Any]) -> str:
+    """Puts the table into the bundle's model card and status page; returns a sentence that says so, or why not.
+
+    Only a table of all test queries with what is served among its rows belongs there.
+    """
+    if (config.split, config.num_queries) != ("test", 0) or "served" not in config.systems:
+        return "not put into the bundle's card, which is for all test queries with the row served"
+    try:
+        if revision_of(config.bundle) != bundle.revision:
+            return f"not put into the card of {config.bundle}: it was exported again meanwhile"
+        card = (Path(config.bundle) / CARD).read_text(encoding="utf-8")
+        rows = report.quality_rows(written)
+        document_bundle(config.bundle, card=with_quality(card, written), quality=rows)
+    except (InputError, OSError) as error:
+        return f"not put into the bundle's card: {error}"
+    return f"the table is in {config.bundle}/{CARD} too"
+
+
 def main(config: EvaluateConfig, workdir: Path) -> None:
     collection, vertical = load_data(config, view=config.view)
     config = resolved(config, collection, vertical)
@@ -355,8 +326,21 @@ def main(config: EvaluateConfig, workdir: Path) -> None:
     if not queries:
         raise InputError(f"{collection.name} has no queries in split {config.split!r}")
     subset = draw(queries, config.judge_queries, config.seed)
-    stage = Stage(config, collection, vertical)
-    runs, subset_runs, facts = collect_runs(stage, queries, subset, others)
+    bundle, wanted = open_bundle(config, collection, vertical), config.systems
+    config = with_orders(config, bundle)
+    systems = Systems(
+        collection,
+        vertical,
+        bundle,
+        view=config.view,
+        retriever=config.retriever,
+        run_depth=config.run_depth,
+        dtype=config.dtype,
+        num_samples=config.num_samples,
+        seed=config.seed,
+    )
+    runs, subset_runs, facts = collect_runs(config, systems, queries, subset, others)
+    facts["absent"] = [name for name in wanted if name not in config.systems]
     threshold = vertical.relevant_threshold
     groups = build_groups(config, collection, runs, subset_runs, queries, subset, threshold)
     notes = notes_of(config, collection, threshold, facts)
@@ -373,7 +357,7 @@ def main(config: EvaluateConfig, workdir: Path) -> None:
     write_html(
         workdir / "report.html", title, groups, notes,
         picture=workdir / "report.png", curves=training_curves(folders_of(config)),
-        shown=Shown(shown_system(runs), runs[shown_system(runs)], stage.judged, config.view),
+        shown=Shown(shown_system(runs), runs[shown_system(runs)], systems.judged, config.view),
         collection=collection, vertical=vertical, tables=report_stages.stage_tables(facts),
     )  # fmt: skip
     console = rich.console.Console()
@@ -384,11 +368,9 @@ def main(config: EvaluateConfig, workdir: Path) -> None:
         console.print(report.plain_table(header, rows))
     for note in notes:
         console.print(f"· {note}", highlight=False, markup=False)
-    if stage.bundle is not None:
-        card = (Path(config.bundle) / CARD).read_text(encoding="utf-8")
-        document_bundle(config.bundle, card=with_quality(card, written), quality=report.quality_rows(written))
-        console.print(f"the table is in {config.bundle}/{CARD} too", highlight=False)
     console.print(f"written: {workdir}/report.html, report.json, report.md, report.png", highlight=False)
+    if bundle is not None:
+        console.print(put_into_card(config, bundle, written), highlight=False, markup=False)
 
 
 if __name__ == "__main__":

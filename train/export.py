@@ -25,11 +25,11 @@ from jaxsearch.errors import InputError
 from jaxsearch.files import read_json, read_object, write_json
 from jaxsearch.ranker import load_ranker
 from jaxsearch.retrieval.exact import ExactIndex
-from jaxsearch.search.fitting import fit_orders, held_out_error
+from jaxsearch.search.fitting import NothingToFitError, WorseOrderError, fit_orders, held_out_error
 from jaxsearch.search.orders import NAMES, Orders
 from train.card import CardFacts, measure_speed, model_card, order_rows, trained_elsewhere
 from train.config import Count, CountOrNone
-from train.first_stage import FirstStage, open_first_stage
+from train.first_stage import FirstStage, draw, open_first_stage
 from train.inputs import load_data, offline_scorer
 from train.options import run, say
 
@@ -93,10 +93,8 @@ def check_made_from(config: ExportConfig, models: Mapping[str, Mapping[str, Any]
         )
 
 
-def find_orders(
-    config: ExportConfig, stage: FirstStage, queries: list[Query]
-) -> tuple[Orders, dict[str, float | int]]:
-    """The orders, fitted where there are graded queries, and facts about the fit.
+def find_orders(config: ExportConfig, stage: FirstStage) -> tuple[Orders, dict[str, float | int]]:
+    """The orders, fitted where there are graded queries, and facts about the served one's calibration.
 
     Raises: InputError when the wanted order is unknown or worse than another.
     """
@@ -104,38 +102,38 @@ def find_orders(
         raise InputError(
             f"unknown order {config.order!r}: set order to one of {', '.join(NAMES)}, or leave it empty"
         )
-    if stage.fitted is None:
-        orders = Orders.unfitted(rank_depth=config.rank_depth)
-        if config.order:
-            orders = dataclasses.replace(
-                orders, default=orders[config.order].name, reason=_asked(config.order)
+    queries, why = draw(stage.queries, config.validation_queries, config.seed), stage.unfitted
+    if not why:
+        graded = stage.graded(queries)
+        scores = stage.rank(graded.candidates, config.rank_depth)
+        graded = graded.of(list(scores))
+        try:
+            orders = fit_orders(
+                graded,
+                stage.order,
+                scores,
+                rank_depth=config.rank_depth,
+                wanted=config.order,
+                allow_worse=config.allow_worse,
             )
-        return orders, {}
-    graded = stage.graded(queries)
-    scores = stage.rank(graded.candidates, config.rank_depth)
-    try:
-        orders = fit_orders(
-            graded,
-            stage.fitted,
-            scores,
-            rank_depth=config.rank_depth,
-            wanted=config.order,
-            allow_worse=config.allow_worse,
-        )
-    except InputError as error:
-        raise InputError(
-            f"{error}; leave order empty, or export it all the same with --allow-worse"
-        ) from None
-    served = orders[orders.default]
-    facts: dict[str, float | int] = {"num_queries": len(queries)}
-    error = held_out_error(graded, served, stage.order, scores if served.uses_ranker else None)
-    if error is not None:
-        facts["held_out_error"] = round(error, 4)
-    return orders, facts
-
-
-def _asked(order: str) -> str:
-    return f"Served: {order}, as it was asked for; there were no graded validation queries to compare it on."
+        except WorseOrderError as error:
+            raise InputError(
+                f"{error}; leave order empty, or export it all the same with --allow-worse"
+            ) from None
+        except NothingToFitError:
+            why = f"none of the {len(queries)} validation queries that were drawn has a graded seen document"
+        else:
+            served = orders[orders.default]
+            facts: dict[str, float | int] = {"num_queries": len(scores)}
+            error = held_out_error(graded, served, stage.order, scores if served.uses_ranker else None)
+            if error is not None:
+                facts["held_out_error"] = round(error, 4)
+            return orders, facts
+    orders = Orders.unfitted(why, rank_depth=config.rank_depth)
+    if wanted := config.order or ("ranker" if config.allow_worse else ""):
+        reason = f"Served: {wanted}, as it was asked for; nothing could be compared, since {why}."
+        orders = dataclasses.replace(orders, default=orders[wanted].name, reason=reason)
+    return orders, {}
 
 
 def choose_triples(
@@ -178,12 +176,12 @@ def main(config: ExportConfig, workdir: Path) -> None:
         view=index.metadata["view"],
         index=index,
         ranker=ranker,
-        scorer=scorer,
+        make_scorer=lambda: scorer,
     )
     queries = collection.split("validation")
     random = np.random.default_rng(config.seed)
     queries = [queries[i] for i in random.permutation(len(queries))]
-    orders, facts = find_orders(config, stage, queries[: config.validation_queries])
+    orders, facts = find_orders(config, stage)
     texts = [vertical.document_text(collection.documents[key], ranker.view) for key in index.ids]
     card = CardFacts(
         name=name,

@@ -1,9 +1,9 @@
-"""The first stage of a collection as launchers use it: the library's own search, so that training and validation see
-the candidates that a server will rank."""
+"""The first stage of a collection for launchers: the library's own search, so that training and validation see the
+candidates that a server will rank."""
 
 import dataclasses
 import importlib.util
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 
@@ -16,28 +16,31 @@ from jaxsearch.retrieval.exact import ExactIndex
 from jaxsearch.retrieval.lexical import Bm25Index
 from jaxsearch.scoring.prefill import PrefillScorer, ScoreRequest
 from jaxsearch.search.candidates import Candidates
-from jaxsearch.search.fitting import Fitted, GradedCandidates, fit_sum
+from jaxsearch.search.fitting import GradedCandidates, NothingToFitError, fit_sum
 from jaxsearch.search.orders import UNFITTED, Order, Orders, head_of
 from jaxsearch.search.searcher import RETRIEVE_DEPTH, Searcher
 from train.options import progress, say
 
 QUERIES_AT_ONCE = 4
 MOST_QUERIES = 500
-"""Validation queries that the sum is fitted on, at most."""
+"""Validation queries that the sum is fitted on, at most, drawn by a fixed seed."""
 
 
 @dataclasses.dataclass(frozen=True)
 class FirstStage:
     """A searcher over a collection and the order whose best candidates are ranked.
 
-    `fitted` holds what the sum reached; None where there was nothing to fit.
+    Attributes:
+      queries: the validation queries that the order was fitted on.
+      unfitted: why nothing was fitted; empty where the order is the fitted sum.
     """
 
     collection: Collection
     threshold: int
     searcher: Searcher
     order: Order
-    fitted: Fitted | None = None
+    queries: Sequence[Query] = ()
+    unfitted: str = ""
 
     def seen(self) -> np.ndarray:
         """A mask over the documents: those that training, mining and fitting may look at."""
@@ -70,28 +73,43 @@ class FirstStage:
         mined: Run = {}
         wide = max(depth, RETRIEVE_DEPTH)
         for query_id, found in self.candidates(queries, depth=wide, seen_only=seen_only).items():
+            found = found.found_by(self.order.sources)
             head = found.at(head_of(found, self.order, depth))
             keys = [self.searcher.index.ids[position] for position in head.positions.tolist()]
             mined[query_id] = dict(zip(keys, self.order.scores(head).tolist(), strict=True))
         return mined
 
     def rank(self, candidates: Mapping[str, Candidates], depth: int) -> dict[str, np.ndarray]:
-        """By query id, the ranker's scores of the best `depth` candidates, in the order of the first stage."""
-        ranker, scorer = self.searcher.ranker, self.searcher.scorer
+        """By query id, the ranker's scores of the best `depth` candidates, in the order of the first stage.
+
+        Queries that are too long for the ranker are left out, and their number is said.
+        """
+        ranker = self.searcher.ranker
         assert ranker is not None
-        assert scorer is not None
-        scores, queries = {}, list(candidates)
+        scores: dict[str, np.ndarray] = {}
+        queries, num_refused = list(candidates), 0
         with progress("ranking validation queries", len(queries)) as advance:
             for start in range(0, len(queries), QUERIES_AT_ONCE):
-                part, requests = queries[start : start + QUERIES_AT_ONCE], []
+                part = queries[start : start + QUERIES_AT_ONCE]
+                requests: dict[str, ScoreRequest] = {}
                 for query_id in part:
-                    found = candidates[query_id]
+                    found = candidates[query_id].found_by(self.order.sources)
                     positions = found.positions[head_of(found, self.order, depth)].tolist()
-                    prompt = self.searcher.prompt(self.collection.queries[query_id].text, positions)
-                    requests.append(ScoreRequest(prompt.prefix, prompt.items))
-                for query_id, logits in zip(part, scorer.score(requests), strict=True):
+                    try:
+                        prompt = self.searcher.prompt(self.collection.queries[query_id].text, positions)
+                    except InputError:
+                        num_refused += 1
+                        continue
+                    if prompt.items:
+                        requests[query_id] = ScoreRequest(prompt.prefix, prompt.items)
+                    else:
+                        scores[query_id] = np.zeros(0, np.float32)
+                scored = self.searcher.scorer.score(list(requests.values()))
+                for query_id, logits in zip(requests, scored, strict=True):
                     scores[query_id] = ranker.scores(logits)
                 advance(len(part))
+        if num_refused:
+            say(f"{num_refused} validation queries are too long for the ranker and are left out")
         return scores
 
 
@@ -103,7 +121,7 @@ def open_first_stage(
     view: str,
     index: ExactIndex | None = None,
     ranker: TextRanker | None = None,
-    scorer: PrefillScorer | None = None,
+    make_scorer: Callable[[], PrefillScorer] | None = None,
 ) -> FirstStage:
     """Indexes a collection and fits the sum of similarity and BM25 on its validation queries and seen documents.
 
@@ -132,19 +150,29 @@ def open_first_stage(
         bm25=bm25,
         orders=Orders.unfitted(),
         ranker=ranker,
-        scorer=scorer,
+        make_scorer=make_scorer,
     )
     unfitted = {order.name: order for order in UNFITTED}
     stage = FirstStage(collection, vertical.relevant_threshold, searcher, unfitted["rrf"])
     if bm25 is None:
-        say("bm25s is not installed: candidates are found by embeddings alone")
-        return dataclasses.replace(stage, order=unfitted["encoder"])
-    queries = collection.split("validation")[:MOST_QUERIES]
-    try:
-        fitted = fit_sum(stage.graded(queries)) if queries else None
-    except InputError:
-        fitted = None
-    if fitted is None:
-        say("no graded validation query: candidates are those of reciprocal rank fusion, nothing is fitted")
-        return stage
-    return dataclasses.replace(stage, order=fitted.order, fitted=fitted)
+        why = "bm25s is not installed, candidates are found by embeddings alone"
+        say(why)
+        return dataclasses.replace(stage, order=unfitted["encoder"], unfitted=why)
+    queries, why = draw(collection.split("validation"), MOST_QUERIES, 0), ""
+    if not queries:
+        why = "there are no graded validation queries"
+    else:
+        try:
+            return dataclasses.replace(stage, order=fit_sum(stage.graded(queries)), queries=queries)
+        except NothingToFitError:
+            why = "no validation query has a graded seen document"
+    say(f"{why}: candidates are those of reciprocal rank fusion, nothing is fitted")
+    return dataclasses.replace(stage, unfitted=why)
+
+
+def draw(queries: Sequence[Query], count: int, seed: int) -> list[Query]:
+    """`count` of the queries, fixed by the seed, in their own order; 0 or too many gives all."""
+    if not 0 < count < len(queries):
+        return list(queries)
+    chosen = np.random.default_rng(seed).permutation(len(queries))[:count]
+    return [queries[position] for position in sorted(chosen)]

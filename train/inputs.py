@@ -188,14 +188,6 @@ def sample_pairs(
     ]
 
 
-def draw(queries: Sequence[Query], count: int, seed: int) -> list[Query]:
-    """`count` of the queries, fixed by the seed, in their own order; 0 or too many gives all."""
-    if not 0 < count < len(queries):
-        return list(queries)
-    chosen = np.random.default_rng(seed).permutation(len(queries))[:count]
-    return [queries[position] for position in sorted(chosen)]
-
-
 def qrels_of(collection: Collection, queries: Sequence[Query]) -> Qrels:
     return {query.id: collection.qrels.get(query.id, {}) for query in queries}
 

@@ -30,8 +30,8 @@ from jaxsearch.metrics import bootstrap_ci, paired_bootstrap
 from jaxsearch.ranker import TextRanker
 from jaxsearch.scoring import load
 from train.config import Bound, Count, Rate
-from train.first_stage import open_first_stage
-from train.inputs import check_view, draw, load_data, load_retriever
+from train.first_stage import draw, open_first_stage
+from train.inputs import check_view, load_data, load_retriever
 from train.ladder_report import in_ratios, markdown
 from train.memory import added_bytes
 from train.options import progress, run, say

@@ -353,6 +353,12 @@ def plain_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> rich.ta
     return table
 
 
+def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+    """The lines of a table, the first column to the left."""
+    lines = ["| " + " | ".join(header) + " |", "| --- |" + " ---: |" * (len(header) - 1)]
+    return lines + ["| " + " | ".join(row) + " |" for row in rows]
+
+
 def to_markdown(title: str, groups: Sequence[GroupResult], notes: Sequence[str]) -> str:
     """The report as Markdown: notes first, then per group its table and its comparisons."""
     lines = [f"# {title}", "", *(f"* {note}" for note in notes), ""]
@@ -364,7 +370,5 @@ def to_markdown(title: str, groups: Sequence[GroupResult], notes: Sequence[str])
         )
         lines += [f"## {group.name} ({group.num_queries} queries)", "", counts, ""]
         for header, rows in (table_rows(group), comparison_rows(group)):
-            lines += ["| " + " | ".join(header) + " |", "| --- |" + " ---: |" * (len(header) - 1)]
-            lines += ["| " + " | ".join(row) + " |" for row in rows]
-            lines.append("")
+            lines += [*markdown_table(header, rows), ""]
     return "\n".join(lines)

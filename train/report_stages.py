@@ -1,14 +1,14 @@
-"""What a report says beside its table: how much of the relevant the first stage finds, and how systems do by kind of
+"""The two tables beside a report's main one: how much of the relevant the first stage finds, and systems by kind of
 query. Pure functions of runs and qrels."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 
 from jaxsearch.data.records import Collection, Qrels, Run
 from jaxsearch.metrics import PerQuery, bootstrap_ci, rank_documents, rank_metrics
-from train.report import HEADLINE, short
+from train.report import HEADLINE, markdown_table, short
 
 DEPTHS = (20, 40, 100)
 
@@ -36,7 +36,13 @@ def first_stage_rows(runs: Mapping[str, Run], qrels: Qrels, *, threshold: int) -
 
 
 def kind_rows(
-    runs: Mapping[str, Run], qrels: Qrels, collection: Collection, *, threshold: int
+    runs: Mapping[str, Run],
+    qrels: Qrels,
+    collection: Collection,
+    *,
+    threshold: int,
+    num_samples: int = 10_000,
+    seed: int = 0,
 ) -> list[dict[str, Any]]:
     """By kind of query, the number of queries and every system's NDCG@10 with its interval; empty without kinds."""
     kinds = collection.query_kinds
@@ -48,7 +54,10 @@ def kind_rows(
             for system, run in runs.items()
         }
         if all(values.values()):
-            found = {system: bootstrap_ci(per_query)._asdict() for system, per_query in values.items()}
+            found = {
+                system: bootstrap_ci(per_query, num_samples=num_samples, seed=seed)._asdict()
+                for system, per_query in values.items()
+            }
             rows.append({"kind": kind, "queries": len(own), "systems": found})
     return rows
 
@@ -70,12 +79,7 @@ def stage_tables(notes: Mapping[str, Any]) -> list[tuple[list[str], list[list[st
 
 def stage_markdown(notes: Mapping[str, Any]) -> str:
     """The same tables as Markdown."""
-    return "\n".join(_markdown(header, rows) for header, rows in stage_tables(notes))
-
-
-def _markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    lines = ["| " + " | ".join(header) + " |", "| --- |" + " ---: |" * (len(header) - 1)]
-    return "\n".join([*lines, *("| " + " | ".join(row) + " |" for row in rows), ""])
+    return "\n\n".join("\n".join(markdown_table(*table)) for table in stage_tables(notes))
 
 
 def _mean(values: PerQuery) -> float | None:

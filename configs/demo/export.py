@@ -1,4 +1,4 @@
-r"""The demo's bundle: encoder, ranker, index, documents and the order that was best on validation, in one folder.
+r"""The demo's bundle: encoder, ranker, index, documents and fitted orders in one folder.
 
 Command: python -m train.export --config configs/demo/export.py --workdir work/demo/export \
          --set encoder=work/demo/encoder/model ranker=work/demo/ranker/model index=work/demo/index/index

@@ -53,7 +53,7 @@ def stages(folder: str) -> tuple[Stage, ...]:
             "export",
             "train.export",
             f"{where}/export.py",
-            "everything that serving needs in one folder, in the order that is best",
+            "everything that serving needs in one folder, and which order is served",
             inputs={
                 "encoder": models["encoder"],
                 "ranker": models["ranker"],

@@ -1,4 +1,4 @@
-"""What the first stage finds for a query: documents of the corpus, each with its signals from every source."""
+"""Candidates of a query: the documents that the first stage finds, each with its signals from every source."""
 
 import dataclasses
 from collections.abc import Mapping, Sequence
@@ -36,7 +36,13 @@ class Candidates:
     def __len__(self) -> int:
         return len(self.positions)
 
-    def at(self, places: Int[np.ndarray, "m"]) -> "Candidates":
+    def found_by(self, sources: Sequence[Source]) -> "Candidates":
+        """Those that one of these sources found."""
+        ranks = [self.ranks[source] for source in sources if source in self.ranks]
+        is_found = np.logical_or.reduce([np.zeros(len(self), bool), *(own > 0 for own in ranks)])
+        return self.at(np.flatnonzero(is_found))
+
+    def at(self, places: Int[np.ndarray, "c"]) -> "Candidates":
         """The candidates at these places, in this order."""
         return Candidates(
             self.positions[places],
@@ -59,8 +65,7 @@ def find_candidates(
 
     Args:
       depth: documents that each source gives, at most.
-      filter_where: the documents that may be found. Signals do not depend on it, so that a filter removes documents
-        and never changes the order of those that stay.
+      filter_where: the documents that may be found. Signals do not depend on it.
       bm25: searched where given.
       index, query_embed, nearest: of the embedding source, where used; `nearest` are positions, best first, of the
         device's search under the same filter.

@@ -1,8 +1,8 @@
 """Fits the orders of a search on graded queries, states what each reaches, and chooses the one to serve.
 
-Weights and calibration are fitted on all queries that are given. What an order with fitted weights reaches is stated by
-cross-fitting: each query is ranked with weights that were chosen without its fold. The first stage alone decides which
-candidates the ranker sees, and its weight is that of all queries.
+The weighted sum of the first stage is the baseline: its one weight is fitted on all queries that it is stated on. What
+has to beat it is stated by cross-fitting: the ranker's share, which each query is measured with, was chosen without the
+query's fold. Both sides of a comparison see the candidates of the same sum, so that its optimism cancels.
 """
 
 import dataclasses
@@ -16,13 +16,25 @@ from jaxsearch.data.records import Qrels
 from jaxsearch.errors import InputError
 from jaxsearch.metrics import Interval, PerQuery, bootstrap_ci, paired_bootstrap, rank_metrics
 from jaxsearch.search.candidates import Candidates
-from jaxsearch.search.orders import HEADLINE, UNFITTED, Order, Orders, arrange, head_of
+from jaxsearch.search.orders import HEADLINE, NAMES, UNFITTED, Order, Orders, arrange, head_of
 
 BASELINE = "sum"
-"""What every other order has to beat."""
+"""The order that every other one has to beat."""
+LEAST_QUERIES = 20
+"""Fewer queries cannot tell orders apart: the bootstrap's interval over a handful of them is far too narrow."""
 NUM_FOLDS = 5
 SHARES = tuple(step / 20 for step in range(21))
 """Shares of BM25 in `sum` that are tried, and but for the first those of the ranker in `sum+ranker`."""
+RankerScores = Mapping[str, Float[np.ndarray, "ranked"]]
+"""By query, the ranker's scores of the first stage's best candidates, in its order."""
+
+
+class NothingToFitError(InputError):
+    """Raised when no query has a relevant document that could tell orders apart."""
+
+
+class WorseOrderError(InputError):
+    """Raised when a search would be worse in the order that is wanted."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,47 +53,78 @@ class GradedCandidates:
     qrels: Qrels
     threshold: int
 
+    def of(self, queries: Sequence[str]) -> "GradedCandidates":
+        """The same for some of the queries."""
+        return dataclasses.replace(
+            self,
+            candidates={query: self.candidates[query] for query in queries},
+            qrels={query: self.qrels.get(query, {}) for query in queries},
+        )
+
+    def arranged(
+        self, query: str, order: Order, first: Order, ranker_scores: RankerScores | None
+    ) -> tuple[list[str], Float[np.ndarray, "c"]]:
+        """Ids of a query's candidates, best first, and their scores: those that a search in this order would find."""
+        found = self.candidates[query].found_by(first.sources if order.uses_ranker else order.sources)
+        places, scores = arrange(found, order, first, () if ranker_scores is None else ranker_scores[query])
+        return [self.ids[int(position)] for position in found.positions[places]], scores
+
     def values(
-        self, order: Order, first: Order | None = None, ranker_scores: Mapping[str, np.ndarray] | None = None
+        self, order: Order, first: Order | None = None, ranker_scores: RankerScores | None = None
     ) -> PerQuery:
-        """NDCG@10 of each query in that order. Raises: InputError when no query has a value."""
+        """NDCG@10 of each query in that order. Raises: NothingToFitError when no query has a value."""
         run = {}
-        for query, found in self.candidates.items():
-            scored = () if ranker_scores is None else ranker_scores[query]
-            places, _ = arrange(found, order, first or order, scored)
-            ranked = [self.ids[int(position)] for position in found.positions[places]]
+        for query in self.candidates:
+            ranked, _ = self.arranged(query, order, first or order, ranker_scores)
             run[query] = {key: float(-rank) for rank, key in enumerate(ranked)}
         values = rank_metrics(self.qrels, run, threshold=self.threshold, metrics=(HEADLINE,))[HEADLINE]
         if not values:
-            raise InputError(f"no validation query has a value of {HEADLINE}, so no order can be fitted")
+            raise NothingToFitError(
+                f"no validation query has a value of {HEADLINE}, so no order can be fitted"
+            )
         return values
+
+    def pairs(
+        self, queries: Sequence[str], order: Order, first: Order, ranker_scores: RankerScores | None
+    ) -> tuple[Float[np.ndarray, "n"], Float[np.ndarray, "n"]]:
+        """Scores of all candidates that the order sorts, and 1 where the document is relevant."""
+        scores, targets = [np.zeros(0)], [np.zeros(0)]
+        for query in queries:
+            ranked, values = self.arranged(query, order, first, ranker_scores)
+            grades = self.qrels.get(query, {})
+            is_relevant = np.array([grades.get(key, 0) >= self.threshold for key in ranked], np.float64)
+            is_scored = ~np.isnan(values)
+            scores.append(values[is_scored])
+            targets.append(is_relevant[is_scored])
+        return np.concatenate(scores), np.concatenate(targets)
 
 
 @dataclasses.dataclass(frozen=True)
 class Fitted:
-    """An order and its cross-fitted values by query."""
+    """An order with its values by query."""
 
     order: Order
     values: PerQuery
 
 
-def fit_sum(graded: GradedCandidates) -> Fitted:
+def fit_sum(graded: GradedCandidates) -> Order:
     """The share of BM25 in [0, 1] whose sum with the similarity has the best NDCG@10.
 
     Among equals the share nearest to one half wins, as the least committed.
+    Raises: NothingToFitError when no query has a value.
     """
     orders = [Order("sum", _without_zeros(similarity=1 - share, bm25=share)) for share in SHARES]
-    return _best(orders, [graded.values(order) for order in orders])
+    return orders[_best(_table([graded.values(order) for order in orders]))]
 
 
-def fit_ranked(graded: GradedCandidates, first: Order, ranker_scores: Mapping[str, np.ndarray]) -> Fitted:
-    """The share of the ranker in (0, 1] whose sum with the first stage's has the best NDCG@10.
+def fit_ranked(graded: GradedCandidates, first: Order, ranker_scores: RankerScores) -> Fitted:
+    """The share of the ranker in (0, 1] whose sum with the first stage's score has the best NDCG@10, cross-fitted.
 
-    Shares are of scores that vary equally within a query, over all queries.
+    Both scores are divided by their spread within a query, over all queries.
     """
-    within = {"first": [], "ranker": []}
+    within = {"first": [np.zeros(1)], "ranker": [np.zeros(1)]}
     for query, scores in ranker_scores.items():
-        found = graded.candidates[query]
+        found = graded.candidates[query].found_by(first.sources)
         head = found.at(head_of(found, first, len(scores)))
         within["first"].append(_centred(first.scores(head)))
         within["ranker"].append(_centred(np.asarray(scores, np.float64)))
@@ -94,13 +137,19 @@ def fit_ranked(graded: GradedCandidates, first: Order, ranker_scores: Mapping[st
         )
         for share in SHARES[1:]
     ]
-    return _best(orders, [graded.values(order, first, ranker_scores) for order in orders])
+    values = [graded.values(order, first, ranker_scores) for order in orders]
+    table, queries = _table(values), np.arange(len(values[0]))
+    crossed = np.zeros(len(queries))
+    for fold in np.array_split(queries, min(NUM_FOLDS, len(queries))):
+        others = np.setdiff1d(queries, fold)
+        crossed[fold] = table[_best(table[:, others]), fold]
+    return Fitted(orders[_best(table)], dict(zip(sorted(values[0]), crossed.tolist(), strict=True)))
 
 
 def fit_orders(
     graded: GradedCandidates,
-    fitted_sum: Fitted,
-    ranker_scores: Mapping[str, np.ndarray],
+    first: Order,
+    ranker_scores: RankerScores,
     *,
     rank_depth: int,
     wanted: str = "",
@@ -109,43 +158,51 @@ def fit_orders(
     """Fits every order, states its NDCG@10, and chooses the one to serve.
 
     The fitted sum is served unless another order is better by more than chance (95 % interval of the paired difference
-    above 0). An order with the ranker, which costs far more, must be so against the best order without it.
+    above 0). An order with the ranker, which costs far more, must be so against the best order without it. Fewer than
+    `LEAST_QUERIES` queries cannot tell.
 
     Args:
-      fitted_sum: what `fit_sum` gave for these queries, and perhaps for more.
-      ranker_scores: by query, the ranker's scores of the best `rank_depth` candidates of that sum, in its order.
+      first: the sum that `fit_sum` gave for these queries, and perhaps for more.
+      ranker_scores: of the best `rank_depth` candidates of that sum.
       wanted: the order to serve whatever its NDCG@10; empty: chosen.
-      allow_worse: accept a `wanted` order that is below the chosen one; without one, serve the best order that uses the
-        ranker.
+      allow_worse: accept a `wanted` order that is below the chosen one or a part; with none wanted, serve the best one
+        that uses the ranker.
 
-    Raises: InputError when `wanted` is unknown, or below the chosen one without `allow_worse`.
+    Raises:
+      WorseOrderError: `wanted` is worse, without `allow_worse`.
+      InputError: `wanted` is unknown.
     """
-    first = fitted_sum.order
-    found = {"sum+ranker": fit_ranked(graded, first, ranker_scores)}
-    own = found["sum+ranker"].values.keys()
-    found["sum"] = Fitted(first, {query: fitted_sum.values[query] for query in own})
+    found = {
+        "sum": Fitted(first, graded.values(first)),
+        "sum+ranker": fit_ranked(graded, first, ranker_scores),
+    }
     for order in UNFITTED:
-        scored = ranker_scores if order.uses_ranker else None
-        found[order.name] = Fitted(order, graded.values(order, first, scored))
-    names = [name for name in ("bm25", "encoder", "rrf", "sum", "ranker", "sum+ranker") if name in found]
-    orders = {}
-    for name in names:
-        order, values = found[name].order, found[name].values
-        scored = ranker_scores if order.uses_ranker else None
+        scores = ranker_scores if order.uses_ranker else None
+        found[order.name] = Fitted(order, graded.values(order, first, scores))
+    queries, orders = list(graded.candidates), {}
+    for name in NAMES:
+        order = found[name].order
+        scores = ranker_scores if order.uses_ranker else None
+        pairs = graded.pairs(queries, order, first, scores)
+        calibration = fit_isotonic(*pairs) if len(pairs[0]) else None
         orders[name] = dataclasses.replace(
-            order,
-            validation=bootstrap_ci(values),
-            calibration=fit_isotonic(*_pairs(graded, order, first, scored, list(values))),
+            order, validation=bootstrap_ci(found[name].values), calibration=calibration
         )
-    chosen, reason = choose({name: found[name].values for name in names}, orders)
+    plain, served, reason = choose({name: found[name].values for name in NAMES}, orders)
     if wanted or allow_worse:
-        chosen, reason = _overruled(orders, chosen, reason, wanted, allow_worse)
-    return Orders(orders, chosen, reason, rank_depth)
+        served, reason = _overruled(orders, served, reason, wanted, allow_worse)
+    return Orders(orders, served, reason, rank_depth, plain=plain)
 
 
-def choose(values: Mapping[str, PerQuery], orders: Mapping[str, Order]) -> tuple[str, str]:
-    """The order to serve and a sentence that says why; see `fit_orders`."""
+def choose(values: Mapping[str, PerQuery], orders: Mapping[str, Order]) -> tuple[str, str, str]:
+    """The best order without the ranker, the order to serve, and a sentence that says why; see `fit_orders`."""
     means = {name: float(np.mean(list(per_query.values()))) for name, per_query in values.items()}
+    count = len(values[BASELINE])
+    if count < LEAST_QUERIES:
+        reason = (
+            f"Served: {BASELINE}, without the ranker: {count} validation queries are too few to tell what is "
+        )
+        return BASELINE, BASELINE, f"{reason}better by more than chance; it takes {LEAST_QUERIES}."
 
     def best(names: Sequence[str]) -> str:
         return max(names, key=lambda name: means[name])
@@ -157,25 +214,26 @@ def choose(values: Mapping[str, PerQuery], orders: Mapping[str, Order]) -> tuple
     plain = best([BASELINE, *(name for name in others if gain(name, BASELINE).low > 0)])
     ranked = best([name for name in means if orders[name].uses_ranker])
     difference = gain(ranked, plain)
-    told = (
-        f"NDCG@10 on {len(values[plain])} validation queries is {means[ranked]:.3f} with it ({ranked}) and "
-    )
-    told += f"{means[plain]:.3f} without ({plain}), difference {_signed(difference)}."
+    told = f"NDCG@10 on {count} validation queries is {means[ranked]:.3f} with it ({ranked}) and {means[plain]:.3f} "
+    told += f"without ({plain}), difference {_signed(difference)}."
     if difference.low > 0:
-        return ranked, f"Served: {ranked}. The ranker earns its place: {told}"
-    return plain, f"Served: {plain}, without the ranker, which has not earned its place: {told}"
+        return plain, ranked, f"Served: {ranked}. The ranker earns its place: {told}"
+    reason = f"Served: {plain}, without the ranker, which has not earned its place: {told}"
+    return plain, plain, reason
 
 
 def held_out_error(
-    graded: GradedCandidates, order: Order, first: Order, scored: Mapping | None
+    graded: GradedCandidates, order: Order, first: Order, ranker_scores: RankerScores | None
 ) -> float | None:
     """The expected calibration error of a map fitted on every other query, asked on the rest; None for one query."""
     queries = list(graded.candidates)
     if len(queries) < 2:
         return None
-    fitted_on = fit_isotonic(*_pairs(graded, order, first, scored, queries[::2]))
-    scores, is_relevant = _pairs(graded, order, first, scored, queries[1::2])
-    return calibration_error(fitted_on(scores), is_relevant)
+    known = graded.pairs(queries[::2], order, first, ranker_scores)
+    scores, is_relevant = graded.pairs(queries[1::2], order, first, ranker_scores)
+    if not (len(known[0]) and len(scores)):
+        return None
+    return calibration_error(fit_isotonic(*known)(scores), is_relevant)
 
 
 def _overruled(
@@ -189,47 +247,26 @@ def _overruled(
     taken = max(names, key=lambda name: value[name])
     if taken == chosen:
         return chosen, reason
-    if value[taken] < value[chosen] and not allow_worse:
-        raise InputError(
-            f"order {taken} reaches NDCG@10 {value[taken]:.3f} on the validation queries, {chosen} {value[chosen]:.3f}:"
+    better = max((chosen, "bm25", "encoder"), key=lambda name: value[name])
+    if value[taken] < value[better] and not allow_worse:
+        raise WorseOrderError(
+            f"order {taken} reaches NDCG@10 {value[taken]:.3f} on the validation queries, {better} {value[better]:.3f}:"
             " search would be worse with it"
         )
     stated = f"Served: {taken}, as it was asked for (NDCG@10 {value[taken]:.3f}). Without being asked: "
     return taken, stated + reason.removeprefix("Served: ")
 
 
-def _best(orders: Sequence[Order], values: Sequence[PerQuery]) -> Fitted:
-    """The order with the best mean, and values in which each query's order was chosen by the other folds."""
-    queries = sorted(values[0])
-    table = np.array([[per_query[query] for query in queries] for per_query in values])
-    middle = np.abs(np.arange(len(orders)) - (len(orders) - 1) / 2)
-
-    def best(columns: np.ndarray) -> int:
-        means = table[:, columns].mean(axis=1).round(12)
-        return int(np.lexsort((middle, -means))[0])
-
-    everything = np.arange(len(queries))
-    crossed = np.zeros(len(queries))
-    for fold in np.array_split(everything, min(NUM_FOLDS, len(queries))):
-        others = np.setdiff1d(everything, fold)
-        crossed[fold] = table[best(others if len(others) else fold), fold]
-    return Fitted(orders[best(everything)], dict(zip(queries, crossed.tolist(), strict=True)))
+def _table(values: Sequence[PerQuery]) -> Float[np.ndarray, "o q"]:
+    """A row for each of the orders, a column for each query, in the order of their ids."""
+    return np.array([[per_query[query] for query in sorted(per_query)] for per_query in values])
 
 
-def _pairs(
-    graded: GradedCandidates, order: Order, first: Order, scored: Mapping | None, queries: Sequence[str]
-) -> tuple[Float[np.ndarray, "n"], Float[np.ndarray, "n"]]:
-    """The order's scores of all candidates that it sorts, and 1 where the document is relevant."""
-    scores, targets = [], []
-    for query in queries:
-        found = graded.candidates[query]
-        places, values = arrange(found, order, first, () if scored is None else scored[query])
-        is_scored = ~np.isnan(values)
-        grades = graded.qrels.get(query, {})
-        keys = [graded.ids[int(position)] for position in found.positions[places[is_scored]]]
-        scores.append(values[is_scored])
-        targets.append([grades.get(key, 0) >= graded.threshold for key in keys])
-    return np.concatenate(scores), np.concatenate(targets).astype(np.float64)
+def _best(table: Float[np.ndarray, "o q"]) -> int:
+    """The row with the best mean; among equals the one nearest to the middle."""
+    middle = np.abs(np.arange(len(table)) - (len(table) - 1) / 2)
+    means = table.mean(axis=1).round(12) if table.shape[1] else np.zeros(len(table))
+    return int(np.lexsort((middle, -means))[0])
 
 
 def _centred(scores: Float[np.ndarray, "c"]) -> Float[np.ndarray, "c"]:

@@ -62,7 +62,7 @@ class Order:
     def scores(
         self, candidates: Candidates, ranker_scores: Float[np.ndarray, "c"] | None = None
     ) -> Float[np.ndarray, "c"]:
-        """What sorts the candidates, float64, higher first; `ranker_scores` are the ranker's, where it is read."""
+        """Returns float64 scores, higher is better; `ranker_scores` are the ranker's, where it is read."""
         if not self.weights:
             return reciprocal_rank_fusion(np.stack(list(candidates.ranks.values())))
         signals = dict(candidates.signals)
@@ -98,7 +98,7 @@ UNFITTED = (
     Order("rrf"),
     Order("ranker", {"ranker": 1.0}),
 )
-"""The orders that need no fitting, with equal rights: nothing is known of how good they are."""
+"""The orders that need no fitting."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -110,19 +110,21 @@ class Orders:
       default: name of the one that is served.
       reason: a sentence that says why.
       rank_depth: candidates that the ranker scores in the orders that use it.
+      plain: name of the best order without the ranker, where the default has one.
     """
 
     orders: Mapping[str, Order]
     default: str
     reason: str
     rank_depth: int = 20
+    plain: str = "rrf"
 
     @classmethod
-    def unfitted(cls, *, rank_depth: int = 20) -> "Orders":
-        """Reciprocal rank fusion, where no grades tell what is better."""
+    def unfitted(cls, why: str = "nothing was fitted", *, rank_depth: int = 20) -> "Orders":
+        """Reciprocal rank fusion, where no grades tell what is better; `why` there are none stands in the reason."""
         reason = (
-            "Served: rrf, reciprocal rank fusion of BM25 and embeddings. There were no graded validation queries, so "
-            "nothing could be fitted or compared, and the ranker is used on request only."
+            f"Served: rrf, reciprocal rank fusion of BM25 and embeddings, without the ranker: {why}, so that nothing "
+            "could be fitted or compared."
         )
         return cls({order.name: order for order in UNFITTED}, "rrf", reason, rank_depth)
 
@@ -139,21 +141,18 @@ class Orders:
 
     @property
     def retrieval(self) -> Order:
-        """The best order without the ranker."""
-        return self[self.default] if not self[self.default].uses_ranker else self._best(uses_ranker=False)
+        """The default, or the best order without the ranker where the default has one."""
+        return self[self.plain if self[self.default].uses_ranker else self.default]
 
     @property
     def ranked(self) -> Order:
-        """The best order with the ranker."""
-        return self[self.default] if self[self.default].uses_ranker else self._best(uses_ranker=True)
-
-    def _best(self, *, uses_ranker: bool) -> Order:
-        """By the validation; unmeasured, the one that fuses most."""
-        among = [order for order in self.orders.values() if order.uses_ranker == uses_ranker]
+        """The default, or the best order with the ranker where the default has none."""
+        if self[self.default].uses_ranker:
+            return self[self.default]
+        among = [order for order in self.orders.values() if order.uses_ranker]
         if not among:
             raise InputError("this bundle has no order with a ranker")
-        unmeasured = {"rrf": 1.0, "ranker": 1.0}
-        return max(among, key=lambda o: o.validation.value if o.validation else unmeasured.get(o.name, 0.0))
+        return max(among, key=lambda order: order.validation.value if order.validation else 0.0)
 
     def to_json(self) -> dict[str, Any]:
         return {
@@ -161,6 +160,7 @@ class Orders:
             "default": self.default,
             "reason": self.reason,
             "rank_depth": self.rank_depth,
+            "plain": self.plain,
         }
 
     @classmethod
@@ -169,10 +169,17 @@ class Orders:
         try:
             stated = json.loads(path.read_text(encoding="utf-8"))
             orders = {entry["name"]: Order.from_json(entry) for entry in stated["orders"]}
-            found = cls(orders, stated["default"], stated["reason"], int(stated["rank_depth"]))
+            found = cls(
+                orders,
+                stated["default"],
+                stated["reason"],
+                int(stated["rank_depth"]),
+                stated["plain"],
+            )
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise InputError(f"{path} holds no orders ({error!r}); export the bundle again") from error
-        found[found.default]
+        for name in (found.default, found.plain):
+            found[name]
         return found
 
 
@@ -180,7 +187,7 @@ def arrange(
     candidates: Candidates,
     order: Order,
     first: Order,
-    ranker_scores: Float[np.ndarray, "m"] | Sequence[float] = (),
+    ranker_scores: Float[np.ndarray, "ranked"] | Sequence[float] = (),
 ) -> tuple[Int[np.ndarray, "c"], Float[np.ndarray, "c"]]:
     """Places of the candidates, best first, and the score that sorted each.
 
@@ -204,6 +211,6 @@ def arrange(
     )
 
 
-def head_of(candidates: Candidates, first: Order, depth: int) -> Int[np.ndarray, "m"]:
+def head_of(candidates: Candidates, first: Order, depth: int) -> Int[np.ndarray, "ranked"]:
     """Places of the first stage's best `depth` candidates, best first: those that the ranker is to score."""
     return np.argsort(-first.scores(candidates), kind="stable")[:depth]

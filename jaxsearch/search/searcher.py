@@ -5,7 +5,8 @@ and the scorer are the device's work, `find`, `prompt` and `shape` the host's.
 """
 
 import dataclasses
-from collections.abc import Iterator, Mapping, Sequence
+import functools
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -34,7 +35,7 @@ ALONE: Mapping[Source, str] = {"embedding": "encoder", "bm25": "bm25"}
 
 @dataclasses.dataclass(frozen=True)
 class SearchRequest:
-    """What is asked.
+    """One question to a bundle, and how it is to be answered.
 
     Attributes:
       query: its text.
@@ -53,7 +54,7 @@ class SearchRequest:
     top_k: int = 10
     filter: Mapping[str, Any] | None = None
     order: str = ""
-    sources: Sequence[Source] | None = None
+    sources: Sequence[str] | None = None
     retrieve_depth: int = RETRIEVE_DEPTH
     rank_depth: int | None = None
     facets: Sequence[str] = ()
@@ -94,7 +95,7 @@ class SearchResult:
 class SearchReply:
     """Results, best first, and what happened on the way.
 
-    `total` counts the candidates; `starved` says that a filter left fewer of them than were asked for.
+    `total` counts the candidates; `starved` says that fewer documents pass the filter than were asked for.
     """
 
     results: list[SearchResult]
@@ -113,7 +114,8 @@ class Searcher:
       index: embeddings of the documents by `encoder`.
       bm25: words of the documents; None: embeddings alone find candidates.
       orders: see `orders`.
-      ranker, scorer: of the orders that use a ranker; None: those orders are refused.
+      ranker: of the orders that use one; None: those orders are refused.
+      make_scorer: gives the ranker's scorer for `rank`, at its first use.
     """
 
     def __init__(
@@ -126,13 +128,23 @@ class Searcher:
         bm25: Bm25Index | None,
         orders: Orders,
         ranker: TextRanker | None = None,
-        scorer: PrefillScorer | None = None,
+        make_scorer: Callable[[], PrefillScorer] | None = None,
     ) -> None:
-        self.documents, self.vertical = documents, vertical
-        self.encoder, self.index, self.bm25 = encoder, index, bm25
-        self.orders, self.ranker, self.scorer = orders, ranker, scorer
+        self.documents = documents
+        self.vertical = vertical
+        self.encoder = encoder
+        self.index = index
+        self.bm25 = bm25
+        self.orders = orders
+        self.ranker = ranker
+        self._make_scorer = make_scorer
         self.columns = Columns(documents)
         self._items: dict[int, tuple[list[int], bool]] = {}
+
+    @functools.cached_property
+    def scorer(self) -> PrefillScorer:
+        assert self._make_scorer is not None, "a searcher that ranks needs make_scorer"
+        return self._make_scorer()
 
     def search(self, request: SearchRequest) -> SearchReply:
         """Answers a request. Raises: InputError for what it has wrong."""
@@ -158,10 +170,21 @@ class Searcher:
     def plan(self, request: SearchRequest) -> Plan:
         """Resolves order, sources and depths.
 
-        Raises: InputError for an unknown order, or one that does not go with the sources or the depth.
+        Raises: InputError for an unknown order or source, an order that does not go with the sources or the depth, or
+        a number that is too small.
         """
+        for name, value, least in (
+            ("top_k", request.top_k, 1),
+            ("retrieve_depth", request.retrieve_depth, 1),
+            ("rank_depth", request.rank_depth or 0, 0),
+        ):
+            if value < least:
+                raise InputError(f"{name} must be at least {least}, not {value}")
+        if request.sources is not None and (not request.sources or set(request.sources) - set(SOURCES)):
+            raise InputError(f"sources must be some of {', '.join(SOURCES)}, not {list(request.sources)}")
         order = self._order(request)
-        sources = tuple(request.sources or order.sources)
+        implied = self.orders.first_stage if order.uses_ranker else order
+        sources = tuple(source for source in SOURCES if source in (request.sources or implied.sources))
         if missing := [s for s in order.sources if s not in sources and SIGNAL_OF[s] in order.weights]:
             raise InputError(f"order {order.name!r} reads {' and '.join(missing)}, which sources leave out")
         if "bm25" in sources and self.bm25 is None:
@@ -189,7 +212,8 @@ class Searcher:
         if request.order:
             return self.orders[request.order]
         if request.sources is not None and len(set(request.sources)) == 1:
-            return self.orders["ranker"] if request.rank_depth else self.orders[ALONE[request.sources[0]]]
+            alone = next(ALONE[source] for source in SOURCES if source in request.sources)
+            return self.orders["ranker" if request.rank_depth else alone]
         if request.rank_depth is None:
             return self.orders[self.orders.default]
         return self.orders.ranked if request.rank_depth else self.orders.retrieval
@@ -263,10 +287,9 @@ class Searcher:
             prompt, items=[item for item, _ in items], truncated=[is_cut for _, is_cut in items]
         )
 
-    def rank(self, prompt: PromptTokens) -> Float[np.ndarray, "m"]:
+    def rank(self, prompt: PromptTokens) -> Float[np.ndarray, "ranked"]:
         """The ranker's scores, yes minus no, of a prompt's items, computed here and now."""
         assert self.ranker is not None
-        assert self.scorer is not None
         return self.ranker.scores(self.scorer.score([ScoreRequest(prompt.prefix, prompt.items)])[0])
 
     def shape(
@@ -275,7 +298,7 @@ class Searcher:
         plan: Plan,
         candidates: Candidates,
         passing: Bool[np.ndarray, "n"] | None,
-        ranker_scores: Float[np.ndarray, "m"],
+        ranker_scores: Float[np.ndarray, "ranked"],
     ) -> SearchReply:
         """All candidates as results, best first; `ranker_scores` belong to the documents of `to_rank`."""
         places, scores = arrange(candidates, plan.order, plan.first, ranker_scores)
@@ -313,13 +336,13 @@ class Searcher:
             },
             total=len(results),
             depth_used={"retrieve": len(candidates), "rank": len(read)},
-            starved=passing is not None and len(candidates) < plan.retrieve_depth,
+            starved=passing is not None and int(passing.sum()) < plan.retrieve_depth,
         )
 
     def _explanations(
         self, plan: Plan, candidates: Candidates, read: Mapping[int, float]
     ) -> list[dict[str, Any]]:
-        """Of each candidate: rank and score by source, all signals, its place in the first stage, tokens read."""
+        """By candidate, rank and score in each source, all signals, the place in the first stage, the tokens read."""
         first_scores = plan.first.scores(candidates)
         first_rank = np.empty(len(candidates), np.int64)
         first_rank[np.argsort(-first_scores, kind="stable")] = np.arange(1, len(candidates) + 1)
@@ -354,5 +377,5 @@ def _or_none(value: float) -> float | None:
 
 
 def _uncalibrated(order: Order, raw: float) -> float | None:
-    """What is told of a score that has no calibration: the ranker alone gives a probability of its own."""
+    """The score that is told where there is no calibration: the ranker alone gives a probability of its own."""
     return _or_none(float(expit(raw)) if tuple(order.weights) == ("ranker",) else raw)

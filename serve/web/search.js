@@ -90,14 +90,11 @@ function requestBody() {
   return { ...body, ...(filter ? { filter } : {}), ...(state.order && state.mode === "ranked" ? { order: state.order } : {}) };
 }
 
-/** What stands side by side: each source alone, the first stage that joins them, the best order with the ranker. */
+/** The columns of the comparison: each source alone, the first stage that joins them, the best order with the ranker. */
 function systems() {
-  const names = info.orders.map((order) => order.name);
-  const fused = names.includes("sum") ? "sum" : "rrf";
-  const value = (order) => order["validation_ndcg@10"]?.value ?? 0;
-  const ranked = info.orders.filter((order) => order.uses_ranker).sort((one, other) => value(other) - value(one))[0];
-  return [["BM25", "bm25"], ["Embedding", "encoder"], [`Fused: ${fused}`, fused],
-    ...(ranked ? [[ranked.name === "ranker" ? "Ranker" : `Ranker: ${ranked.name}`, ranked.name]] : [])];
+  const columns = [["BM25", "bm25"], ["Embedding", "encoder"], [`Fused: ${info.first_stage}`, info.first_stage],
+    [info.ranked_order === "ranker" ? "Ranker" : `Ranker: ${info.ranked_order}`, info.ranked_order]];
+  return columns.some(([, order]) => order === info.order) ? columns : [...columns, [info.order, info.order]];
 }
 
 function fillOrders() {
