@@ -71,7 +71,8 @@ class SearchService:
         for param, part in (("facets", {"fields": None}), ("fields", {"facets": ()})):
             with blaming(param):
                 searcher.check_fields(dataclasses.replace(request, **part))
-        query_embed, nearest = None, np.zeros(0, np.int64)
+        query_embed = None
+        nearest = np.zeros(0, np.int64)
         if "embedding" in plan.sources:
             outcome = await run(self.engine.retrieve_job(body.query, passing))
             query_embed, nearest, stages["retrieve"] = outcome.value
@@ -80,7 +81,8 @@ class SearchService:
         mark = time.perf_counter()
         candidates = await self._host(searcher.find, body.query, plan, passing, query_embed, nearest)
         stages["fuse"] = time.perf_counter() - mark
-        scored, scores = None, np.zeros(0, np.float32)
+        scored = None
+        scores = np.zeros(0, np.float32)
         if positions := searcher.to_rank(plan, candidates):
             mark = time.perf_counter()
             job = await self._host(self._score_job, body.query, positions)

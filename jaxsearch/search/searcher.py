@@ -149,8 +149,10 @@ class Searcher:
     def search(self, request: SearchRequest) -> SearchReply:
         """Answers a request. Raises: InputError for what it has wrong."""
         self.check_fields(request)
-        plan, passing = self.plan(request), self.passing(request)
-        query_embed, nearest = None, np.zeros(0, np.int64)
+        plan = self.plan(request)
+        passing = self.passing(request)
+        query_embed = None
+        nearest = np.zeros(0, np.int64)
         if "embedding" in plan.sources:
             query_embed = self.encoder.embed_queries([request.query])[0]
             nearest = self.nearest(query_embed, plan.retrieve_depth, passing)
@@ -184,7 +186,8 @@ class Searcher:
             raise InputError(f"sources must be some of {', '.join(SOURCES)}, not {list(request.sources)}")
         order = self._order(request)
         implied = self.orders.first_stage if order.uses_ranker else order
-        sources = tuple(source for source in SOURCES if source in (request.sources or implied.sources))
+        wanted = request.sources or implied.sources
+        sources: tuple[Source, ...] = tuple(source for source in SOURCES if source in wanted)
         if missing := [s for s in order.sources if s not in sources and SIGNAL_OF[s] in order.weights]:
             raise InputError(f"order {order.name!r} reads {' and '.join(missing)}, which sources leave out")
         if "bm25" in sources and self.bm25 is None:
