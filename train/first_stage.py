@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 
+from jaxsearch.data.prompts import PromptTokens
 from jaxsearch.data.records import Collection, Query, Run
 from jaxsearch.data.verticals import Vertical
 from jaxsearch.encoder import TextEncoder
@@ -14,7 +15,7 @@ from jaxsearch.errors import InputError
 from jaxsearch.ranker import TextRanker
 from jaxsearch.retrieval.exact import ExactIndex
 from jaxsearch.retrieval.lexical import Bm25Index
-from jaxsearch.scoring.prefill import PrefillScorer, ScoreRequest
+from jaxsearch.scoring.prefill import PrefillScorer
 from jaxsearch.search.candidates import Candidates
 from jaxsearch.search.fitting import GradedCandidates, NothingToFitError, fit_sum
 from jaxsearch.search.orders import UNFITTED, Order, Orders, head_of
@@ -84,29 +85,23 @@ class FirstStage:
 
         Queries that are too long for the ranker are left out, and their number is said.
         """
-        ranker = self.searcher.ranker
-        assert ranker is not None
         scores: dict[str, np.ndarray] = {}
         queries, num_refused = list(candidates), 0
         with progress("ranking validation queries", len(queries)) as advance:
             for start in range(0, len(queries), QUERIES_AT_ONCE):
                 part = queries[start : start + QUERIES_AT_ONCE]
-                requests: dict[str, ScoreRequest] = {}
+                prompts: dict[str, PromptTokens] = {}
                 for query_id in part:
                     found = candidates[query_id].found_by(self.order.sources)
                     positions = found.positions[head_of(found, self.order, depth)].tolist()
                     try:
-                        prompt = self.searcher.prompt(self.collection.queries[query_id].text, positions)
+                        prompts[query_id] = self.searcher.prompt(
+                            self.collection.queries[query_id].text, positions
+                        )
                     except InputError:
                         num_refused += 1
-                        continue
-                    if prompt.items:
-                        requests[query_id] = ScoreRequest(prompt.prefix, prompt.items)
-                    else:
-                        scores[query_id] = np.zeros(0, np.float32)
-                scored = self.searcher.scorer.score(list(requests.values()))
-                for query_id, logits in zip(requests, scored, strict=True):
-                    scores[query_id] = ranker.scores(logits)
+                scored = self.searcher.rank(list(prompts.values()))
+                scores |= dict(zip(prompts, scored, strict=True))
                 advance(len(part))
         if num_refused:
             say(f"{num_refused} validation queries are too long for the ranker and are left out")

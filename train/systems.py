@@ -1,6 +1,7 @@
 """Runs of the systems that a report compares: BM25 and encoders alone, a bundle's orders, what it serves, its server,
 other rankers, the judge."""
 
+import contextlib
 import json
 import urllib.error
 import urllib.request
@@ -10,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from jaxsearch.bundle import Bundle
+from jaxsearch.data.prompts import PromptTokens
 from jaxsearch.data.records import Collection, Query, Run
 from jaxsearch.data.verticals import Vertical
 from jaxsearch.errors import InputError
@@ -19,7 +21,8 @@ from jaxsearch.ranker import load_ranker
 from jaxsearch.retrieval import to_run
 from jaxsearch.retrieval.exact import ExactIndex
 from jaxsearch.retrieval.lexical import Bm25Index
-from jaxsearch.search.searcher import RETRIEVE_DEPTH, Searcher, SearchRequest
+from jaxsearch.search.candidates import Candidates
+from jaxsearch.search.searcher import RETRIEVE_DEPTH, Plan, Searcher, SearchRequest
 from train.inputs import load_retriever, offline_scorer
 from train.label import label_pairs
 from train.options import progress
@@ -135,26 +138,38 @@ def order_runs(
     """
     runs: dict[str, Run] = {order: {} for order in orders}
     with progress(name, len(queries)) as advance:
-        for query in queries:
-            embed = searcher.encoder.embed_queries([query.text])[0]
-            nearest = searcher.nearest(embed, min(RETRIEVE_DEPTH, len(searcher.documents)), None)
-            known: dict[tuple[int, ...], np.ndarray] = {}
-            for order in orders:
-                request = SearchRequest(query.text, order=order)
-                plan = searcher.plan(request)
-                uses_embedding = "embedding" in plan.sources
-                candidates = searcher.find(query.text, plan, None, embed if uses_embedding else None, nearest)
+        for start in range(0, len(queries), QUERIES_AT_ONCE):
+            part = queries[start : start + QUERIES_AT_ONCE]
+            found = [(query, *_find(searcher, query.text, order)) for query in part for order in orders]
+            prompts: dict[tuple[str, tuple[int, ...]], PromptTokens] = {}
+            for query, _, plan, candidates in found:
+                positions = searcher.to_rank(plan, candidates)
+                with contextlib.suppress(InputError):  # too long for the ranker: a server refuses it
+                    if positions:
+                        prompts[query.id, tuple(positions)] = searcher.prompt(query.text, positions)
+            ranked = searcher.rank(list(prompts.values())) if prompts else []
+            scores = dict(zip(prompts, ranked, strict=True))
+            for query, request, plan, candidates in found:
                 positions = tuple(searcher.to_rank(plan, candidates))
-                if positions and positions not in known:
-                    try:
-                        known[positions] = searcher.rank(searcher.prompt(query.text, positions))
-                    except InputError:  # too long for the ranker: a server refuses it
-                        runs[order][query.id] = {}
-                        continue
-                reply = searcher.shape(request, plan, candidates, None, known.get(positions, np.zeros(0)))
-                runs[order][query.id] = _ranked([result.id for result in reply.results])
-            advance()
+                is_refused = bool(positions) and (query.id, positions) not in scores
+                own = scores.get((query.id, positions), np.zeros(0, np.float32))
+                reply = None if is_refused else searcher.shape(request, plan, candidates, None, own)
+                ids = [result.id for result in reply.results] if reply else []
+                runs[plan.order.name][query.id] = _ranked(ids)
+            advance(len(part))
     return runs
+
+
+def _find(searcher: Searcher, query: str, order: str) -> tuple[SearchRequest, Plan, Candidates]:
+    """The stages of a search up to the ranker."""
+    request = SearchRequest(query, order=order)
+    plan = searcher.plan(request)
+    embed = None
+    nearest = np.zeros(0, np.int64)
+    if "embedding" in plan.sources:
+        embed = searcher.encoder.embed_queries([query])[0]
+        nearest = searcher.nearest(embed, plan.retrieve_depth, None)
+    return request, plan, searcher.find(query, plan, None, embed, nearest)
 
 
 def served_run(bundle: Bundle, queries: Sequence[Query]) -> Run:

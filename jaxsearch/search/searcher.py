@@ -159,7 +159,7 @@ class Searcher:
         candidates = self.find(request.query, plan, passing, query_embed, nearest)
         scores = np.zeros(0, np.float32)
         if positions := self.to_rank(plan, candidates):
-            scores = self.rank(self.prompt(request.query, positions))
+            [scores] = self.rank([self.prompt(request.query, positions)])
         reply = self.shape(request, plan, candidates, passing, scores)
         return dataclasses.replace(reply, results=reply.results[: request.top_k])
 
@@ -290,10 +290,11 @@ class Searcher:
             prompt, items=[item for item, _ in items], truncated=[is_cut for _, is_cut in items]
         )
 
-    def rank(self, prompt: PromptTokens) -> Float[np.ndarray, "ranked"]:
-        """The ranker's scores, yes minus no, of a prompt's items, computed here and now."""
+    def rank(self, prompts: Sequence[PromptTokens]) -> list[Float[np.ndarray, "ranked"]]:
+        """The ranker's scores, yes minus no, of each prompt's items, computed here and now."""
         assert self.ranker is not None
-        return self.ranker.scores(self.scorer.score([ScoreRequest(prompt.prefix, prompt.items)])[0])
+        requests = [ScoreRequest(prompt.prefix, prompt.items) for prompt in prompts]
+        return [self.ranker.scores(logits) for logits in self.scorer.score(requests)]
 
     def shape(
         self,
