@@ -25,6 +25,7 @@ from jaxsearch.data.verticals import Vertical
 from jaxsearch.errors import InputError
 from jaxsearch.files import write_json
 from jaxsearch.search.orders import NAMES
+from jaxsearch.search.searcher import RETRIEVE_DEPTH
 from train import plots, report, report_stages
 from train.card import with_quality
 from train.config import Count, CountOrNone
@@ -71,8 +72,6 @@ class EvaluateConfig:
     """How many of them, drawn by the seed; 0: all."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Of the judge's and the further rankers' computation; the bundle computes as its server does."""
-    run_depth: Count = 1_000
-    """Documents that bm25 and minilm return; what a bundle returns is cut at 100, as its server does."""
     judge_queries: Count = 100
     """Queries that the judge grades too, drawn by the seed; every system is reported on them once more."""
     baseline: str = ""
@@ -257,15 +256,14 @@ def notes_of(
         f"collection {collection.name} ({collection.fingerprint()}), {len(collection.documents)} documents; "
         f"relevant: grade {threshold} or above; NDCG has linear gain, NDCG exp 2^grade - 1",
         collection.notice or "grades are the collection's own",
-        "each column counts its own documents only; candidates come from the whole corpus",
+        f"each column counts its own documents only; every system gives its best {RETRIEVE_DEPTH} of the whole corpus",
         *report.LEGEND,
     ]
     if "order" in facts:
         notes += [
             facts["order_reason"],
             f"served: bundle {facts['bundle']}, order {facts['order']}, as its own search answers",
-            "a bundle's answers are measured down to its first 100 documents; judge and rankers sort the first stage's "
-            f"best {facts['rank_depth']}, the rest keeps its order below",
+            f"judge and rankers sort the first stage's best {facts['rank_depth']}, the rest keeps its order below",
         ]
     if absent := facts.get("absent"):
         notes.append(
@@ -334,7 +332,6 @@ def main(config: EvaluateConfig, workdir: Path) -> None:
         bundle,
         view=config.view,
         retriever=config.retriever,
-        run_depth=config.run_depth,
         dtype=config.dtype,
         num_samples=config.num_samples,
         seed=config.seed,

@@ -67,8 +67,9 @@ def stage_tables(notes: Mapping[str, Any]) -> list[tuple[list[str], list[list[st
     tables = []
     if rows := notes.get("first_stage"):
         names = [name for depth in DEPTHS for name in (f"recall@{depth}", f"ceiling@{depth}")]
+        shown = [name.replace("recall", "R") for name in names]
         cells = [[row["system"], *(short(_number(row[name])) for name in names)] for row in rows]
-        tables.append((["first stage", *names], cells))
+        tables.append((["first stage", *shown], cells))
     if rows := notes.get("kinds"):
         systems = list(rows[0]["systems"])
         header = ["NDCG@10 by kind of query", *(f"{row['kind']} ({row['queries']})" for row in rows)]

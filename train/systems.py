@@ -38,7 +38,6 @@ class Systems:
     Args:
       view: which view of a document `dense` reads.
       retriever: asset, hub name or folder of its encoder.
-      run_depth: documents that `lexical` and `dense` return.
       dtype: of the judge's and other rankers' computation.
       num_samples, seed: of the bootstrap of the judge's agreement.
     """
@@ -51,7 +50,6 @@ class Systems:
         *,
         view: str,
         retriever: str,
-        run_depth: int,
         dtype: str,
         num_samples: int,
         seed: int,
@@ -63,7 +61,7 @@ class Systems:
         self._ids = list(collection.documents)
         self._view = view
         self._retriever = retriever
-        self._depth = min(run_depth, len(self._ids))
+        self._depth = min(RETRIEVE_DEPTH, len(self._ids))
         self._dtype = dtype
         self._num_samples = num_samples
         self._seed = seed
