@@ -55,7 +55,7 @@ WRONG_REQUESTS = [
     (SEARCH, {"query": "a", "top_k": 0}, 400, "top_k: "),
     (SEARCH, {"query": "a", "top_k": 1.5}, 400, "top_k: "),
     (SEARCH, {"query": "a", "filter": [1]}, 400, "filter: "),
-    (SEARCH, {"query": "a", "retrieve": {"sources": []}}, 400, "retrieve.sources is empty"),
+    (SEARCH, {"query": "a", "retrieve": {"sources": []}}, 400, "sources is empty"),
     (SEARCH, {"query": "a", "retrieve": {"sources": ["google"]}}, 400, "retrieve.sources.0"),
     (SEARCH, {"query": "a", "rank": {"objective": {"click": 1}}}, 400, "this server has 'relevance' only"),
     (SEARCH, {"query": "a", "timeout_ms": 0.0001}, 504, "time passed"),

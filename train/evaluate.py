@@ -175,7 +175,6 @@ def collect_runs(
         by_order = order_runs(bundle.searcher, queries, names)
         seconds["orders of the bundle"] = time.monotonic() - started
         facts |= {
-            "orders": list(orders.orders),
             "order": orders.default,
             "order_reason": orders.reason,
             "rank_depth": orders.rank_depth,

@@ -4,7 +4,7 @@ Command: python -m train.evaluate --config configs/reference/evaluate.py --workd
          --set bundle=work/reference/export/bundle judge=work/reference/judge/model \
          other_rankers=judge-labels-only=work/reference/ranker_judge/model
 Time: 14 minutes on two cores of 95 GFLOP/s each (quick: one minute, 8 queries).
-Numbers: docs/results/reference.
+Numbers: docs/results/reference, of the encoder as first stage; not run again since it is hybrid.
 """
 
 from configs.demo import evaluate

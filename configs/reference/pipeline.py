@@ -2,7 +2,7 @@
 
 Command: python -m train.demo --config configs/reference/pipeline.py --workdir work/reference
 Time: 95 minutes on two cores of 95 GFLOP/s each, the stages summed, resumable.
-Numbers: docs/results/reference.
+Numbers: docs/results/reference, of the encoder as first stage; not run again since it is hybrid.
 """
 
 import dataclasses

@@ -182,8 +182,10 @@ class Searcher:
         ):
             if value < least:
                 raise InputError(f"{name} must be at least {least}, not {value}")
-        if request.sources is not None and (not request.sources or set(request.sources) - set(SOURCES)):
-            raise InputError(f"sources must be some of {', '.join(SOURCES)}, not {list(request.sources)}")
+        if request.sources is not None and not request.sources:
+            raise InputError(f"sources is empty; give some of {', '.join(SOURCES)}, or leave it out")
+        if wrong := sorted(set(request.sources or ()) - set(SOURCES)):
+            raise InputError(f"unknown source {wrong[0]!r}; sources are {', '.join(SOURCES)}")
         order = self._order(request)
         implied = self.orders.first_stage if order.uses_ranker else order
         wanted = request.sources or implied.sources
