@@ -48,7 +48,7 @@ def config(tmp_path_factory):
         vertical=str(parts["vertical"]),
         dtype="float32",
         num_queries=3,
-        depth=4,
+        depth=8,
         timed_queries=2,
         window_seconds=0.2,
         has_memory=False,

@@ -218,7 +218,7 @@ def test_hard_negatives_replace_random_ones_as_the_ranker_learns(world):
     collection, vertical = load_data(config, needs=("train",))
     queries = collection.split("train")
     stage = open_first_stage(collection, vertical, load_retriever(config.retriever), view=config.view)
-    mined = stage.mine(queries, depth=3)
+    mined = stage.mine(queries, depth=6)
     data = ranker_trainer.RankerData(ranker, collection, vertical, mined, [], config)
     sampler = data.sampler
     hard = {key: [one for keys in sampler.buckets(key).values() for one in keys] for key in data.queries}

@@ -25,7 +25,7 @@ from jaxsearch.calibration import IsotonicMap
 from jaxsearch.errors import InputError
 from jaxsearch.metrics import Interval
 from jaxsearch.retrieval.fusion import reciprocal_rank_fusion
-from jaxsearch.search.candidates import SIGNAL_OF, SOURCES, Candidates, Source
+from jaxsearch.search.candidates import SOURCES, Candidates, Source
 
 NAMES = ("bm25", "encoder", "rrf", "sum", "ranker", "sum+ranker")
 HEADLINE = "ndcg@10"
@@ -55,9 +55,9 @@ class Order:
 
     @property
     def sources(self) -> tuple[Source, ...]:
-        """The sources whose signals it reads; both where it reads none, as RRF and the ranker alone do."""
-        read: tuple[Source, ...] = tuple(source for source in SOURCES if SIGNAL_OF[source] in self.weights)
-        return read or SOURCES
+        """The sources that find its candidates: one for `bm25` and `encoder`, both for all that fuse or rank."""
+        alone: dict[str, tuple[Source, ...]] = {"bm25": ("bm25",), "encoder": ("embedding",)}
+        return alone.get(self.name, SOURCES)
 
     def scores(
         self, candidates: Candidates, ranker_scores: Float[np.ndarray, "c"] | None = None

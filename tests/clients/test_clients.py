@@ -9,10 +9,10 @@ import numpy as np
 import openai
 import pytest
 import voyageai
+from scipy.special import expit
 
 from jaxsearch.bundle import load_bundle
 from jaxsearch.scoring.prefill import ScoreRequest
-from serve.search import sigmoid
 from tests.live_server import running, wait_until_ready
 from tests.tiny_bundle import write_tiny_bundle
 
@@ -45,7 +45,7 @@ def scores(bundle_directory) -> np.ndarray:
     bundle = load_bundle(bundle_directory)
     prompt = bundle.ranker.request("bread", TEXTS)
     logits = bundle.scorer().score([ScoreRequest(prompt.prefix, prompt.items)])[0]
-    return sigmoid(bundle.ranker.scores(logits))
+    return expit(bundle.ranker.scores(logits))
 
 
 @pytest.fixture(scope="module")
