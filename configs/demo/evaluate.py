@@ -2,7 +2,7 @@ r"""The demo's table: what the bundle serves and all that it is made of, on the 
 
 Command: python -m train.evaluate --config configs/demo/evaluate.py --workdir work/demo/evaluate \
          --set bundle=work/demo/export/bundle judge=work/demo/judge/model
-Time: TIME on two cores of 95 GFLOP/s each, nothing compiled before (quick: one minute, 8 queries).
+Time: 12 minutes on two cores, other work beside it (quick: one minute, 8 queries).
 Numbers: docs/results/demo.
 """
 

@@ -2,7 +2,7 @@ r"""The demo's bundle: encoder, ranker, index, documents and fitted orders in on
 
 Command: python -m train.export --config configs/demo/export.py --workdir work/demo/export \
          --set encoder=work/demo/encoder/model ranker=work/demo/ranker/model index=work/demo/index/index
-Time: TIME on two cores of 95 GFLOP/s each (quick: half a minute).
+Time: 4 minutes on two cores, other work beside it (quick: half a minute).
 Numbers: report.json has each order's NDCG@10 on validation queries, which one is served and why, the held-out
          calibration error, and how many known answers the server will check.
 """

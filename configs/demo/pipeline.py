@@ -1,7 +1,8 @@
 """The whole path on O*NET activity search, short view: from pinned downloads to a served, ranked search.
 
 Command: python -m train.demo --config configs/demo/pipeline.py --workdir work/demo
-Time: 20 minutes on two cores of 95 GFLOP/s each, 23 from an empty cache.
+Time: about half an hour on two cores of 95 GFLOP/s each; not timed in one go since the table ranks 20 documents of
+      every test query.
 Numbers: the table of the evaluate stage; see `closing` for what they can and cannot show.
 """
 
