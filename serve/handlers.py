@@ -176,18 +176,19 @@ class Service:
         body: SearchBody = call.validated(SearchBody)
         if body.timeout_ms is not None:
             call.end_within(body.timeout_ms)
-        if self.searches.uses_ranker(body):
+        plan = self.searches.plan(body)
+        if plan.order.uses_ranker:
             self._check_query(body.query)
         if len(body.query) > MAX_QUERY_CHARACTERS:
             message = f"query has {len(body.query)} characters, at most {MAX_QUERY_CHARACTERS} are allowed; shorten it"
             raise RequestError(400, message, param="query")
         if body.cursor is None:
-            self._check_room(call, self.searches.expected_tokens(body))
+            self._check_room(call, self.searches.expected_tokens(plan))
 
         async def run(job: Job) -> Outcome:
             return await self._outcome(call, job)
 
-        return await self.searches.search(body, run)
+        return await self.searches.search(body, plan, run)
 
     def info(self) -> Reply:
         """`/info`: what is served, with which limits, and in which state."""

@@ -46,16 +46,23 @@ class SearchService:
         self._mean_item_tokens = 0.0
         self._pinned: collections.OrderedDict[str, _Pinned] = collections.OrderedDict()
 
-    def uses_ranker(self, body: SearchBody) -> bool:
-        """True where the ranker will read the query. Raises: RequestError 400 for an order that cannot be served."""
-        return self._plan(body).order.uses_ranker
+    def plan(self, body: SearchBody) -> Plan:
+        """How the search will be answered. Raises: RequestError 400 or 404 for what cannot be served."""
+        self._check(body)
+        try:
+            return self.searcher.plan(_request(body))
+        except InputError as error:
+            param = (
+                "order" if body.order else "retrieve.sources" if body.retrieve.sources == [] else "rank.depth"
+            )
+            raise RequestError(400, str(error), param=param) from None
 
-    def expected_tokens(self, body: SearchBody) -> int:
+    def expected_tokens(self, plan: Plan) -> int:
         """About what ranking will take, by the search ranked last: most of a search, known only at its end."""
-        return int(self._plan(body).rank_depth * self._mean_item_tokens)
+        return int(plan.rank_depth * self._mean_item_tokens)
 
-    async def search(self, body: SearchBody, run: RunJob) -> dict[str, Any]:
-        """The reply to one search.
+    async def search(self, body: SearchBody, plan: Plan, run: RunJob) -> dict[str, Any]:
+        """The reply to one search, answered by `plan`.
 
         Raises: RequestError 400, 404 or 410, also for what the filter or the prompt refuses; and what `run` raises.
         """
@@ -64,7 +71,6 @@ class SearchService:
             return self._page(body, begun)
         searcher = self.searcher
         stages: dict[str, float] = {}
-        plan = self._plan(body)
         request = _request(body)
         with blaming("filter"):
             passing = await self._host(searcher.passing, request)
@@ -83,7 +89,7 @@ class SearchService:
         stages["fuse"] = time.perf_counter() - mark
         scored = None
         scores = np.zeros(0, np.float32)
-        if positions := searcher.to_rank(plan, candidates):
+        if positions := plan.to_rank(candidates):
             mark = time.perf_counter()
             job = await self._host(self._score_job, body.query, positions)
             stages["tokenize"] = time.perf_counter() - mark
@@ -131,16 +137,6 @@ class SearchService:
         if set(body.rank.objective) != {"relevance"}:
             message = f"rank.objective {sorted(body.rank.objective)}: this server has 'relevance' only"
             raise RequestError(400, message, param="rank.objective")
-
-    def _plan(self, body: SearchBody) -> Plan:
-        self._check(body)
-        try:
-            return self.searcher.plan(_request(body))
-        except InputError as error:
-            param = (
-                "order" if body.order else "retrieve.sources" if body.retrieve.sources == [] else "rank.depth"
-            )
-            raise RequestError(400, str(error), param=param) from None
 
     def _score_job(self, query: str, positions: list[int]) -> Job:
         with blaming("query"):  # documents are cut, the query is not

@@ -57,7 +57,7 @@ def test_what_is_left_out_follows_from_what_is_said(bundle, options, order, firs
         ({"order": "best"}, "unknown order 'best'; there are bm25, encoder, rrf, ranker"),
         ({"order": "bm25", "sources": ["embedding"]}, "order 'bm25' reads bm25, which sources leave out"),
         ({"order": "ranker", "rank_depth": 0}, "order 'ranker' needs a rank depth of 1 or more, not 0"),
-        ({"order": "rrf", "rank_depth": 3}, "order 'rrf' has no ranker: a rank depth of 0, not 3"),
+        ({"order": "rrf", "rank_depth": 3}, "order 'rrf' uses no ranker: leave the rank depth out, or set 0"),
         ({"sources": []}, "sources is empty; give some of embedding, bm25, or leave it out"),
         ({"sources": ["words"]}, "unknown source 'words'; sources are embedding, bm25"),
         ({"top_k": 0}, "top_k must be at least 1, not 0"),

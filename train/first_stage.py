@@ -1,11 +1,13 @@
 """The first stage of a collection for launchers: the library's own search, so that training and validation see the
 candidates that a server will rank."""
 
+import contextlib
 import dataclasses
 import importlib.util
 from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
+from jaxtyping import Float
 
 from jaxsearch.data.prompts import PromptTokens
 from jaxsearch.data.records import Collection, Query, Run
@@ -23,6 +25,7 @@ from jaxsearch.search.searcher import RETRIEVE_DEPTH, Searcher
 from train.options import progress, say
 
 QUERIES_AT_ONCE = 4
+TEXTS_AT_ONCE = 512
 MOST_QUERIES = 500
 """Validation queries that the sum is fitted on, at most, drawn by a fixed seed."""
 
@@ -74,7 +77,6 @@ class FirstStage:
         mined: Run = {}
         wide = max(depth, RETRIEVE_DEPTH)
         for query_id, found in self.candidates(queries, depth=wide, seen_only=seen_only).items():
-            found = found.found_by(self.order.sources)
             head = found.at(head_of(found, self.order, depth))
             keys = [self.searcher.index.ids[position] for position in head.positions.tolist()]
             mined[query_id] = dict(zip(keys, self.order.scores(head).tolist(), strict=True))
@@ -86,26 +88,30 @@ class FirstStage:
         Queries that are too long for the ranker are left out, and their number is said.
         """
         scores: dict[str, np.ndarray] = {}
-        queries, num_refused = list(candidates), 0
-        with progress("ranking validation queries", len(queries)) as advance:
+        heads = {
+            query_id: found.positions[head_of(found, self.order, depth)].tolist()
+            for query_id, found in candidates.items()
+        }
+        with progress("ranking validation queries", len(heads)) as advance:
+            queries = [self.collection.queries[query_id] for query_id in heads]
             for start in range(0, len(queries), QUERIES_AT_ONCE):
                 part = queries[start : start + QUERIES_AT_ONCE]
-                prompts: dict[str, PromptTokens] = {}
-                for query_id in part:
-                    found = candidates[query_id].found_by(self.order.sources)
-                    positions = found.positions[head_of(found, self.order, depth)].tolist()
-                    try:
-                        prompts[query_id] = self.searcher.prompt(
-                            self.collection.queries[query_id].text, positions
-                        )
-                    except InputError:
-                        num_refused += 1
-                scored = self.searcher.rank(list(prompts.values()))
-                scores |= dict(zip(prompts, scored, strict=True))
+                scores |= rank_some(self.searcher, part, heads)
                 advance(len(part))
-        if num_refused:
+        if num_refused := len(heads) - len(scores):
             say(f"{num_refused} validation queries are too long for the ranker and are left out")
         return scores
+
+
+def rank_some(
+    searcher: Searcher, queries: Sequence[Query], heads: Mapping[str, Sequence[int]]
+) -> dict[str, np.ndarray]:
+    """By query id, the ranker's scores of the documents at `heads`' positions; without queries too long for it."""
+    prompts: dict[str, PromptTokens] = {}
+    for query in queries:
+        with contextlib.suppress(InputError):  # too long: a server refuses it
+            prompts[query.id] = searcher.prompt(query.text, heads[query.id])
+    return dict(zip(prompts, searcher.rank(list(prompts.values())), strict=True))
 
 
 def open_first_stage(
@@ -130,7 +136,7 @@ def open_first_stage(
     documents = list(collection.documents.values())
     if index is None:
         texts = [vertical.document_text(document, view) for document in documents]
-        index = ExactIndex(encoder.embed_documents(texts), [document.id for document in documents])
+        index = ExactIndex(embed_corpus(encoder, texts), [document.id for document in documents])
     else:
         documents = [collection.documents[key] for key in index.ids]
     bm25 = None
@@ -163,6 +169,16 @@ def open_first_stage(
             why = "no validation query has a graded seen document"
     say(f"{why}: candidates are those of reciprocal rank fusion, nothing is fitted")
     return dataclasses.replace(stage, unfitted=why)
+
+
+def embed_corpus(encoder: TextEncoder, texts: Sequence[str]) -> Float[np.ndarray, "c e"]:
+    """Embeddings of documents, with a progress bar."""
+    parts = [np.zeros((0, encoder.embed_dim), np.float32)]
+    with progress("embedding documents", len(texts)) as advance:
+        for start in range(0, len(texts), TEXTS_AT_ONCE):
+            parts.append(encoder.embed_documents(texts[start : start + TEXTS_AT_ONCE]))
+            advance(len(parts[-1]))
+    return np.concatenate(parts)
 
 
 def draw(queries: Sequence[Query], count: int, seed: int) -> list[Query]:

@@ -1,7 +1,7 @@
 """Runs of the systems that a report compares: BM25 and encoders alone, a bundle's orders, what it serves, its server,
 other rankers, the judge."""
 
-import contextlib
+import itertools
 import json
 import urllib.error
 import urllib.request
@@ -11,7 +11,6 @@ from typing import Any
 import numpy as np
 
 from jaxsearch.bundle import Bundle
-from jaxsearch.data.prompts import PromptTokens
 from jaxsearch.data.records import Collection, Query, Run
 from jaxsearch.data.verticals import Vertical
 from jaxsearch.errors import InputError
@@ -22,7 +21,9 @@ from jaxsearch.retrieval import to_run
 from jaxsearch.retrieval.exact import ExactIndex
 from jaxsearch.retrieval.lexical import Bm25Index
 from jaxsearch.search.candidates import Candidates
+from jaxsearch.search.orders import arrange
 from jaxsearch.search.searcher import RETRIEVE_DEPTH, Plan, Searcher, SearchRequest
+from train.first_stage import embed_corpus, rank_some
 from train.inputs import load_retriever, offline_scorer
 from train.label import label_pairs
 from train.options import progress
@@ -75,7 +76,7 @@ class Systems:
     def dense(self, queries: Sequence[Query]) -> Run:
         """The exhaustive search of an encoder as it comes."""
         encoder = load_retriever(self._retriever)
-        index = ExactIndex(encoder.embed_documents(self._texts(self._view)), self._ids)
+        index = ExactIndex(embed_corpus(encoder, self._texts(self._view)), self._ids)
         hits = index.search(encoder.embed_queries([query.text for query in queries]), self._depth)
         return to_run(hits, [query.id for query in queries], self._ids)
 
@@ -134,40 +135,33 @@ def order_runs(
 
     A query that is too long for the ranker has found nothing in the orders that use it.
     """
+    plans = [searcher.plan(SearchRequest(query="", order=order)) for order in orders]
+    ranking = next((plan for plan in plans if plan.rank_depth), None)  # every one ranks the same documents
     runs: dict[str, Run] = {order: {} for order in orders}
     with progress(name, len(queries)) as advance:
         for start in range(0, len(queries), QUERIES_AT_ONCE):
             part = queries[start : start + QUERIES_AT_ONCE]
-            found = [(query, *_find(searcher, query.text, order)) for query in part for order in orders]
-            prompts: dict[tuple[str, tuple[int, ...]], PromptTokens] = {}
-            for query, _, plan, candidates in found:
-                positions = searcher.to_rank(plan, candidates)
-                with contextlib.suppress(InputError):  # too long for the ranker: a server refuses it
-                    if positions:
-                        prompts[query.id, tuple(positions)] = searcher.prompt(query.text, positions)
-            ranked = searcher.rank(list(prompts.values())) if prompts else []
-            scores = dict(zip(prompts, ranked, strict=True))
-            for query, request, plan, candidates in found:
-                positions = tuple(searcher.to_rank(plan, candidates))
-                is_refused = bool(positions) and (query.id, positions) not in scores
-                own = scores.get((query.id, positions), np.zeros(0, np.float32))
-                reply = None if is_refused else searcher.shape(request, plan, candidates, None, own)
-                ids = [result.id for result in reply.results] if reply else []
-                runs[plan.order.name][query.id] = _ranked(ids)
+            both = searcher.find_all([query.text for query in part], RETRIEVE_DEPTH)
+            found = {query.id: candidates for query, candidates in zip(part, both, strict=True)}
+            scores: dict[str, np.ndarray] = {}
+            if ranking is not None:
+                heads = {key: ranking.to_rank(ranking.cut(candidates)) for key, candidates in found.items()}
+                scores = rank_some(searcher, part, heads)
+            for plan, (key, candidates) in itertools.product(plans, found.items()):
+                is_refused = plan.rank_depth > 0 and key not in scores
+                ids = [] if is_refused else _arranged(searcher, plan, candidates, scores.get(key, ()))
+                runs[plan.order.name][key] = _ranked(ids)
             advance(len(part))
     return runs
 
 
-def _find(searcher: Searcher, query: str, order: str) -> tuple[SearchRequest, Plan, Candidates]:
-    """The stages of a search up to the ranker."""
-    request = SearchRequest(query, order=order)
-    plan = searcher.plan(request)
-    embed = None
-    nearest = np.zeros(0, np.int64)
-    if "embedding" in plan.sources:
-        embed = searcher.encoder.embed_queries([query])[0]
-        nearest = searcher.nearest(embed, plan.retrieve_depth, None)
-    return request, plan, searcher.find(query, plan, None, embed, nearest)
+def _arranged(
+    searcher: Searcher, plan: Plan, found: Candidates, ranker_scores: np.ndarray | Sequence[float]
+) -> list[str]:
+    """Ids of what a search by this plan finds, best first, from what all sources found."""
+    candidates = plan.cut(found.found_by(plan.sources))
+    places, _ = arrange(candidates, plan.order, plan.first, ranker_scores)
+    return [searcher.index.ids[position] for position in candidates.positions[places].tolist()]
 
 
 def served_run(bundle: Bundle, queries: Sequence[Query]) -> Run:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from jaxtyping import Float, Shaped
+from jaxtyping import Float, Int, Shaped
 
 from jaxsearch.errors import InputError
 from jaxsearch.retrieval import NO_DOCUMENT, Hits, check_documents, check_request, read_index, write_index
@@ -32,6 +32,15 @@ def stem(word: str) -> str:
         if word.endswith(ending):
             return word.removesuffix(ending) if len(word) - len(ending) >= 3 else word
     return word
+
+
+def best_of(
+    scores: Float[np.ndarray, "n"], k: int, filter_where: Shaped[np.ndarray, "n"] | None = None
+) -> Int[np.ndarray, "k"]:
+    """Positions of the k highest of `Bm25Index.scores` that are above 0 and pass the filter, best first."""
+    is_kept = scores > 0 if filter_where is None else (scores > 0) & filter_where
+    found = np.flatnonzero(is_kept)
+    return found[np.argsort(-scores[found], kind="stable")[:k]]
 
 
 class Bm25Index:
@@ -99,13 +108,10 @@ class Bm25Index:
         )
         for query, text in enumerate(queries):
             scores = self.scores(text)
-            is_kept = scores > 0
-            if filter_where is not None:
-                is_kept &= filter_where if filter_where.ndim == 1 else filter_where[query]
-            found = np.flatnonzero(is_kept)
-            order = found[np.argsort(-scores[found], kind="stable")[:k]]
-            result.scores[query, : len(order)] = scores[order]
-            result.positions[query, : len(order)] = order
+            own = filter_where if filter_where is None or filter_where.ndim == 1 else filter_where[query]
+            best = best_of(scores, k, own)
+            result.scores[query, : len(best)] = scores[best]
+            result.positions[query, : len(best)] = best
         return result
 
     def scores(self, query: str) -> Float[np.ndarray, "n"]:

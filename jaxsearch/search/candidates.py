@@ -9,7 +9,7 @@ from jaxtyping import Bool, Float, Int
 
 from jaxsearch.retrieval import NO_DOCUMENT
 from jaxsearch.retrieval.exact import ExactIndex
-from jaxsearch.retrieval.lexical import Bm25Index
+from jaxsearch.retrieval.lexical import Bm25Index, best_of
 
 Source = Literal["embedding", "bm25"]
 SOURCES: tuple[Source, ...] = ("embedding", "bm25")
@@ -76,9 +76,7 @@ def find_candidates(
         found["embedding"] = np.asarray(nearest, np.int64)[:depth]
     if bm25 is not None:
         lexical = bm25.scores(query)
-        passing = lexical > 0 if filter_where is None else (lexical > 0) & filter_where
-        ids = np.flatnonzero(passing)
-        found["bm25"] = ids[np.argsort(-lexical[ids], kind="stable")[:depth]]
+        found["bm25"] = best_of(lexical, depth, filter_where)
     positions = np.unique(np.concatenate([np.zeros(0, np.int64), *found.values()]))
     positions = positions[positions != NO_DOCUMENT]
     signals: dict[str, np.ndarray] = {}

@@ -14,9 +14,9 @@ from jaxtyping import Float
 from jaxsearch.calibration import calibration_error, fit_isotonic
 from jaxsearch.data.records import Qrels
 from jaxsearch.errors import InputError
-from jaxsearch.metrics import Interval, PerQuery, bootstrap_ci, paired_bootstrap, rank_metrics
+from jaxsearch.metrics import HEADLINE, Interval, PerQuery, bootstrap_ci, paired_bootstrap, rank_metrics
 from jaxsearch.search.candidates import Candidates
-from jaxsearch.search.orders import HEADLINE, NAMES, UNFITTED, Order, Orders, arrange, head_of
+from jaxsearch.search.orders import NAMES, UNFITTED, Order, Orders, arrange, head_of
 
 BASELINE = "sum"
 """The order that every other one has to beat."""
@@ -65,7 +65,7 @@ class GradedCandidates:
         self, query: str, order: Order, first: Order, ranker_scores: RankerScores | None
     ) -> tuple[list[str], Float[np.ndarray, "c"]]:
         """Ids of a query's candidates, best first, and their scores: those that a search in this order would find."""
-        found = self.candidates[query].found_by(first.sources if order.uses_ranker else order.sources)
+        found = self.candidates[query].found_by(order.sources)
         places, scores = arrange(found, order, first, () if ranker_scores is None else ranker_scores[query])
         return [self.ids[int(position)] for position in found.positions[places]], scores
 
@@ -124,7 +124,7 @@ def fit_ranked(graded: GradedCandidates, first: Order, ranker_scores: RankerScor
     """
     within = {"first": [np.zeros(1)], "ranker": [np.zeros(1)]}
     for query, scores in ranker_scores.items():
-        found = graded.candidates[query].found_by(first.sources)
+        found = graded.candidates[query]
         head = found.at(head_of(found, first, len(scores)))
         within["first"].append(_centred(first.scores(head)))
         within["ranker"].append(_centred(np.asarray(scores, np.float64)))

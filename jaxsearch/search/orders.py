@@ -28,8 +28,6 @@ from jaxsearch.retrieval.fusion import reciprocal_rank_fusion
 from jaxsearch.search.candidates import SOURCES, Candidates, Source
 
 NAMES = ("bm25", "encoder", "rrf", "sum", "ranker", "sum+ranker")
-HEADLINE = "ndcg@10"
-"""The metric by which orders are fitted and chosen."""
 
 
 @dataclasses.dataclass(frozen=True)

@@ -72,6 +72,14 @@ class Plan:
     retrieve_depth: int
     rank_depth: int
 
+    def cut(self, found: Candidates) -> Candidates:
+        """The best of the first stage among what the sources found, as many as the depth of retrieval."""
+        return found.at(np.sort(head_of(found, self.first, self.retrieve_depth)))
+
+    def to_rank(self, candidates: Candidates) -> list[int]:
+        """Positions of the documents that the ranker scores, in the order of the first stage."""
+        return candidates.positions[head_of(candidates, self.first, self.rank_depth)].tolist()
+
 
 @dataclasses.dataclass
 class SearchResult:
@@ -151,14 +159,10 @@ class Searcher:
         self.check_fields(request)
         plan = self.plan(request)
         passing = self.passing(request)
-        query_embed = None
-        nearest = np.zeros(0, np.int64)
-        if "embedding" in plan.sources:
-            query_embed = self.encoder.embed_queries([request.query])[0]
-            nearest = self.nearest(query_embed, plan.retrieve_depth, passing)
-        candidates = self.find(request.query, plan, passing, query_embed, nearest)
+        [found] = self.find_all([request.query], plan.retrieve_depth, passing, sources=plan.sources)
+        candidates = plan.cut(found)
         scores = np.zeros(0, np.float32)
-        if positions := self.to_rank(plan, candidates):
+        if positions := plan.to_rank(candidates):
             [scores] = self.rank([self.prompt(request.query, positions)])
         reply = self.shape(request, plan, candidates, passing, scores)
         return dataclasses.replace(reply, results=reply.results[: request.top_k])
@@ -187,30 +191,24 @@ class Searcher:
         if wrong := sorted(set(request.sources or ()) - set(SOURCES)):
             raise InputError(f"unknown source {wrong[0]!r}; sources are {', '.join(SOURCES)}")
         order = self._order(request)
-        implied = self.orders.first_stage if order.uses_ranker else order
-        wanted = request.sources or implied.sources
+        wanted = request.sources or order.sources
         sources: tuple[Source, ...] = tuple(source for source in SOURCES if source in wanted)
-        if missing := [s for s in order.sources if s not in sources and SIGNAL_OF[s] in order.weights]:
+        if missing := [s for s in SOURCES if SIGNAL_OF[s] in order.weights and s not in sources]:
             raise InputError(f"order {order.name!r} reads {' and '.join(missing)}, which sources leave out")
         if "bm25" in sources and self.bm25 is None:
             raise InputError("there is no BM25 index here; search by embedding alone")
-        depth = 0
-        if order.uses_ranker:
-            depth = self.orders.rank_depth if request.rank_depth is None else request.rank_depth
-            if self.ranker is None:
-                raise InputError(f"order {order.name!r} needs a ranker, and there is none")
-        if bool(depth) != order.uses_ranker or (request.rank_depth and not order.uses_ranker):
-            raise InputError(
-                f"order {order.name!r} {'needs' if order.uses_ranker else 'has no ranker:'} a rank depth of "
-                f"{'1 or more' if order.uses_ranker else '0'}, not {request.rank_depth}"
-            )
-        first = order
-        if order.uses_ranker:
-            first = (
-                self.orders.first_stage if set(sources) == set(SOURCES) else self.orders[ALONE[sources[0]]]
-            )
         retrieve_depth = min(request.retrieve_depth, len(self.documents))
-        return Plan(order, first, sources, retrieve_depth, min(depth, retrieve_depth))
+        if not order.uses_ranker:
+            if request.rank_depth:
+                raise InputError(f"order {order.name!r} uses no ranker: leave the rank depth out, or set 0")
+            return Plan(order, order, sources, retrieve_depth, 0)
+        if self.ranker is None:
+            raise InputError(f"order {order.name!r} needs a ranker, and there is none")
+        rank_depth = self.orders.rank_depth if request.rank_depth is None else request.rank_depth
+        if not rank_depth:
+            raise InputError(f"order {order.name!r} needs a rank depth of 1 or more, not 0")
+        first = self.orders.first_stage if sources == SOURCES else self.orders[ALONE[sources[0]]]
+        return Plan(order, first, sources, retrieve_depth, min(rank_depth, retrieve_depth))
 
     def _order(self, request: SearchRequest) -> Order:
         """The order that is named, or that sources and depth imply."""
@@ -245,39 +243,46 @@ class Searcher:
 
         Args: `nearest` may hold more than the depth.
         """
-        found = find_candidates(
+        return plan.cut(self._join(query, plan.retrieve_depth, passing, plan.sources, query_embed, nearest))
+
+    def find_all(
+        self,
+        queries: Sequence[str],
+        depth: int,
+        passing: Bool[np.ndarray, "n"] | None = None,
+        *,
+        sources: Sequence[Source] = SOURCES,
+    ) -> Iterator[Candidates]:
+        """What the sources find for each query, `depth` documents each; many queries are embedded at once."""
+        depth = min(depth, len(self.documents))
+        for start in range(0, len(queries), QUERIES_AT_ONCE):
+            part = queries[start : start + QUERIES_AT_ONCE]
+            if "embedding" not in sources:
+                yield from (self._join(query, depth, passing, sources) for query in part)
+                continue
+            embeds = self.encoder.embed_queries(part)
+            hits = self.index.search(embeds, depth, passing)
+            for query, embed, nearest in zip(part, embeds, hits.positions, strict=True):
+                yield self._join(query, depth, passing, sources, embed, nearest)
+
+    def _join(
+        self,
+        query: str,
+        depth: int,
+        passing: Bool[np.ndarray, "n"] | None,
+        sources: Sequence[Source],
+        query_embed: Float[np.ndarray, "e"] | None = None,
+        nearest: Int[np.ndarray, "k"] | Sequence[int] = (),
+    ) -> Candidates:
+        return find_candidates(
             query,
-            depth=plan.retrieve_depth,
+            depth=depth,
             filter_where=passing,
-            bm25=self.bm25 if "bm25" in plan.sources else None,
+            bm25=self.bm25 if "bm25" in sources else None,
             index=self.index,
             query_embed=query_embed,
             nearest=nearest,
         )
-        return found.at(np.sort(head_of(found, plan.first, plan.retrieve_depth)))
-
-    def find_all(
-        self, queries: Sequence[str], depth: int, passing: Bool[np.ndarray, "n"] | None = None
-    ) -> Iterator[Candidates]:
-        """The candidates of many queries, from all sources there are; embeddings and index searches share programs."""
-        for start in range(0, len(queries), QUERIES_AT_ONCE):
-            part = queries[start : start + QUERIES_AT_ONCE]
-            embeds = self.encoder.embed_queries(part)
-            hits = self.index.search(embeds, min(depth, len(self.documents)), passing)
-            for query, embed, nearest in zip(part, embeds, hits.positions, strict=True):
-                yield find_candidates(
-                    query,
-                    depth=depth,
-                    filter_where=passing,
-                    bm25=self.bm25,
-                    index=self.index,
-                    query_embed=embed,
-                    nearest=nearest,
-                )
-
-    def to_rank(self, plan: Plan, candidates: Candidates) -> list[int]:
-        """Positions of the documents that the ranker scores, in the order of the first stage."""
-        return candidates.positions[head_of(candidates, plan.first, plan.rank_depth)].tolist()
 
     def prompt(self, query: str, positions: Sequence[int]) -> PromptTokens:
         """The ranker's prompt; a document is tokenised once, ever. Raises: InputError when the query is too long."""
@@ -306,12 +311,12 @@ class Searcher:
         passing: Bool[np.ndarray, "n"] | None,
         ranker_scores: Float[np.ndarray, "ranked"],
     ) -> SearchReply:
-        """All candidates as results, best first; `ranker_scores` belong to the documents of `to_rank`."""
+        """All candidates as results, best first; `ranker_scores` belong to the documents of `Plan.to_rank`."""
         places, scores = arrange(candidates, plan.order, plan.first, ranker_scores)
         calibrated = np.full(len(scores), np.nan)
         if plan.order.calibration is not None:
             calibrated = plan.order.calibration(scores)
-        read = dict(zip(self.to_rank(plan, candidates), ranker_scores.tolist(), strict=True))
+        read = dict(zip(plan.to_rank(candidates), ranker_scores.tolist(), strict=True))
         explanations = self._explanations(plan, candidates, read) if request.explain else None
         results = []
         for rank, place in enumerate(places.tolist(), start=1):
