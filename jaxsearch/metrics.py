@@ -21,6 +21,8 @@ from jaxsearch.data.records import MAX_GRADE, NUM_GRADES, Qrels, Run
 from jaxsearch.errors import InputError
 
 METRICS = ("ndcg@10", "ndcg_exp@10", "recall@100", "mrr@10", "precision@10", "poor_match_rate@10")
+HEADLINE = "ndcg@10"
+"""The metric by which systems are compared, and orders fitted and chosen."""
 POOR_BELOW = 2
 _METRIC = re.compile(r"(ndcg|ndcg_exp|recall|mrr|precision|poor_match_rate)@([1-9]\d*)")
 

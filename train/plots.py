@@ -6,7 +6,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from train.report import HEADLINE, GroupResult, short
+from jaxsearch.metrics import HEADLINE
+from train.report import GroupResult, short
 
 
 def plot(path: str | Path, title: str, groups: Sequence[GroupResult], *, baseline: str, footer: str) -> None:

@@ -18,6 +18,7 @@ import rich.table
 from jaxsearch.data.records import Collection, Qrels, Run
 from jaxsearch.errors import InputError
 from jaxsearch.metrics import (
+    HEADLINE,
     METRICS,
     Interval,
     bootstrap_ci,
@@ -28,7 +29,6 @@ from jaxsearch.metrics import (
     restrict,
 )
 
-HEADLINE = "ndcg@10"
 TABLE_METRICS = ("ndcg@10", "recall@100", "mrr@10", "poor_match_rate@10")
 TITLES = {
     "ndcg@10": "NDCG@10",

@@ -10,9 +10,9 @@ from typing import Any
 
 from jaxsearch.data.records import Collection, Run
 from jaxsearch.data.verticals import Vertical
-from jaxsearch.metrics import rank_documents, rank_metrics
+from jaxsearch.metrics import HEADLINE, rank_documents, rank_metrics
 from train import plots
-from train.report import HEADLINE, GroupResult, comparison_rows, table_rows
+from train.report import GroupResult, comparison_rows, table_rows
 
 TEMPLATES = Path(__file__).parent / "templates"
 SAMPLES, SAMPLE_DEPTH, MAX_CHARS = 5, 5, 240

@@ -7,8 +7,8 @@ from typing import Any
 import numpy as np
 
 from jaxsearch.data.records import Collection, Qrels, Run
-from jaxsearch.metrics import PerQuery, bootstrap_ci, rank_documents, rank_metrics
-from train.report import HEADLINE, markdown_table, short
+from jaxsearch.metrics import HEADLINE, PerQuery, bootstrap_ci, rank_documents, rank_metrics
+from train.report import markdown_table, short
 
 DEPTHS = (20, 40, 100)
 
