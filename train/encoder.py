@@ -23,20 +23,27 @@ from jaxsearch.data.batches import (
     shuffled,
     step_batches,
 )
-from jaxsearch.data.records import Collection, Run
+from jaxsearch.data.records import Collection, Query, Run
 from jaxsearch.data.tokenizer import Tokenizer
 from jaxsearch.data.verticals import Vertical
 from jaxsearch.encoder import Encoder, EncoderBatch, EncoderLoss, TextEncoder, save_encoder
 from jaxsearch.errors import InputError
 from jaxsearch.files import write_json
 from jaxsearch.nn.convert import load_pretrained
+from jaxsearch.retrieval import to_run
+from jaxsearch.retrieval.exact import ExactIndex
 from train.config import Bound, Count
-from train.inputs import load_data, mine, origin, validate
+from train.first_stage import embed_corpus
+from train.inputs import load_data, origin, validate
 from train.loop import LoopConfig, OptimizerConfig, fit
 from train.options import run, say
 from train.processes import leave_to_main
 from train.step import batch_pieces
 from train.workdir import claim
+
+METRICS = ("ndcg@10", "recall@100")
+"""Of the validation queries, by the grades of seen documents."""
+VALIDATION_DEPTH = 100
 
 
 @dataclasses.dataclass(frozen=True)
@@ -131,6 +138,34 @@ class EncoderData:
         )
 
 
+class SeenCorpus:
+    """The seen documents of a collection as an encoder finds them; embedded once for given weights, when first needed.
+
+    An encoder learns from its own errors; all else mines with the whole first stage (`FirstStage.mine`).
+    """
+
+    def __init__(
+        self, encoder: TextEncoder, collection: Collection, vertical: Vertical, *, view: str
+    ) -> None:
+        self._encoder = encoder
+        self._keys = [key for key in collection.documents if key not in collection.unseen_documents]
+        self._texts = [vertical.document_text(collection.documents[key], view) for key in self._keys]
+        self._index: ExactIndex | None = None
+
+    def use_weights(self, encoder: Encoder) -> None:
+        """Embeds with this encoder's weights from now on."""
+        self._encoder.use_weights(encoder)
+        self._index = None
+
+    def mine(self, queries: Sequence[Query], *, depth: int) -> Run:
+        """The best `depth` documents for each query, with cosine scores."""
+        if self._index is None:
+            self._index = ExactIndex(embed_corpus(self._encoder, self._texts), self._keys)
+        embeds = self._encoder.embed_queries([query.text for query in queries])
+        hits = self._index.search(embeds, min(depth, len(self._keys)))
+        return to_run(hits, [query.id for query in queries], self._keys)
+
+
 def main(config: EncoderConfig, workdir: Path) -> None:
     if config.optimizer.accumulate != 1:
         raise InputError("the encoder's negatives are the whole batch: leave optimizer.accumulate at 1")
@@ -157,19 +192,20 @@ def main(config: EncoderConfig, workdir: Path) -> None:
     )
     train_queries, held_out = collection.split("train"), collection.split("validation")
 
+    corpus = SeenCorpus(text_encoder, collection, vertical, view=config.view)
+
     def evaluate(model: Encoder) -> dict[str, float]:
-        text_encoder.use_weights(model)
-        found = mine(text_encoder, collection, held_out, vertical, view=config.view, depth=100)
-        return validate(collection, vertical, held_out, found, ("ndcg@10", "recall@100"))
+        corpus.use_weights(model)
+        return validate(
+            collection, vertical, held_out, corpus.mine(held_out, depth=VALIDATION_DEPTH), METRICS
+        )
 
     report = {"before": evaluate(encoder)}
     kept, best = "before", jax.tree.map(np.array, nnx.state(encoder))
     per_round = -(-config.loop.num_steps // config.rounds)
     steps = 0
     for number in range(config.rounds):
-        mined = mine(
-            text_encoder, collection, train_queries, vertical, view=config.view, depth=config.mined_depth
-        )
+        mined = corpus.mine(train_queries, depth=config.mined_depth)
         round_config = dataclasses.replace(config, seed=config.seed + number)
         data = EncoderData(text_encoder, collection, vertical, mined, round_config)
         result = fit(
@@ -183,12 +219,12 @@ def main(config: EncoderConfig, workdir: Path) -> None:
             evaluate=evaluate,
         )
         steps += result.step
-        report[f"round-{number}"] = evaluate(encoder)
+        report[f"round-{number}"] = {name: result.metrics[name] for name in METRICS}
         if report[f"round-{number}"]["ndcg@10"] > report[kept]["ndcg@10"]:
             kept, best = f"round-{number}", jax.tree.map(np.array, nnx.state(encoder))
         else:
             nnx.update(encoder, best)
-            text_encoder.use_weights(encoder)
+        corpus.use_weights(encoder)
     leave_to_main()
     trained = {
         **origin(config.backbone, collection, vertical),

@@ -11,15 +11,12 @@ import time
 from pathlib import Path
 from typing import Literal
 
-import numpy as np
-
 from jaxsearch.retrieval.exact import ExactIndex
 from jaxsearch.retrieval.lexical import Bm25Index
 from jaxsearch.retrieval.scann import ScannIndex
+from train.first_stage import embed_corpus
 from train.inputs import load_data, load_retriever
-from train.options import progress, run, say
-
-TEXTS_AT_ONCE = 512
+from train.options import run, say
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,13 +46,8 @@ def build_index(config: IndexConfig) -> ExactIndex | ScannIndex | Bm25Index:
     if config.kind == "bm25":
         return Bm25Index(texts, ids, metadata=metadata)
     encoder = load_retriever(config.encoder)
-    parts = []
-    with progress("embedding", len(texts)) as advance:
-        for start in range(0, len(texts), TEXTS_AT_ONCE):
-            parts.append(encoder.embed_documents(texts[start : start + TEXTS_AT_ONCE]))
-            advance(len(parts[-1]))
     make = ExactIndex if config.kind == "exact" else ScannIndex
-    return make(np.concatenate(parts), ids, metadata=metadata | {"encoder": encoder.version})
+    return make(embed_corpus(encoder, texts), ids, metadata=metadata | {"encoder": encoder.version})
 
 
 def main(config: IndexConfig, workdir: Path) -> None:

@@ -1,7 +1,4 @@
-"""What launchers start from: the collection, candidates that a retriever finds, pairs, a scorer.
-
-Mined runs are a function of the encoder folder and the vertical; nothing is cached, since embedding is the cheap stage.
-"""
+"""What launchers start from: the collection, models, pairs, a scorer."""
 
 import sys
 from collections.abc import Sequence
@@ -24,8 +21,6 @@ from jaxsearch.metrics import rank_metrics, restrict
 from jaxsearch.nn.convert import load_pretrained
 from jaxsearch.nn.transformer import Decoder
 from jaxsearch.ranker import TextRanker
-from jaxsearch.retrieval import to_run
-from jaxsearch.retrieval.exact import ExactIndex
 from jaxsearch.scoring.prefill import PrefillScorer
 from train.first_stage import FirstStage
 
@@ -137,26 +132,6 @@ def load_base(directory: Path, *, dtype: str, use_remat: bool) -> Decoder:
 def load_retriever(name_or_path: str | Path) -> TextEncoder:
     """An encoder by asset name ("minilm"), hub name or folder."""
     return load_encoder(resolve(str(name_or_path)))
-
-
-def mine(
-    encoder: TextEncoder,
-    collection: Collection,
-    queries: Sequence[Query],
-    vertical: Vertical,
-    *,
-    view: str,
-    depth: int,
-) -> Run:
-    """The encoder's own best `depth` seen documents for each query, with cosine scores.
-
-    An encoder learns from its own errors; all else mines with the whole first stage (`FirstStage.mine`).
-    """
-    keys = [key for key in collection.documents if key not in collection.unseen_documents]
-    texts = [vertical.document_text(collection.documents[key], view) for key in keys]
-    index = ExactIndex(encoder.embed_documents(texts), keys)
-    hits = index.search(encoder.embed_queries([query.text for query in queries]), min(depth, len(keys)))
-    return to_run(hits, [query.id for query in queries], keys)
 
 
 def sample_pairs(

@@ -370,7 +370,7 @@ def main(config: RankerConfig, workdir: Path) -> None:
     )
     leave_to_main()
     report: dict[str, Any] = {
-        "validation": evaluate(ranker.ranker),
+        "validation": {name: result.metrics[name] for name in evaluate.first_stage_metrics},
         "first_stage": evaluate.first_stage_metrics,
         "steps": result.step,
         "labels": len(labels),
