@@ -36,6 +36,8 @@ from train.report_html import Shown, training_curves, write_html
 from train.systems import Systems, order_runs, served_run, server_run
 
 FIRST_STAGES = ("encoder", "rrf", "sum")
+ROWS_OF_BUNDLE = (*NAMES[1:], "judge", "served", "server")
+"""Rows that a bundle is needed for; `bm25` has a row for every view instead of the bundle's own."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,7 +51,7 @@ class EvaluateConfig:
     """Rows of the table, in order: bm25 (every view), bm25:<view>, minilm, encoder, rrf, sum, judge, ranker,
     sum+ranker, served, server."""
     bundle: str = "work/export/bundle"
-    """What train.export made; empty: only rows that need none (bm25, minilm)."""
+    """What train.export made; the rows bm25 and minilm need none."""
     server: str = ""
     """Address of a server of that bundle, for the row `server`; for example http://127.0.0.1:8000."""
     judge: str = "work/judge/model"
@@ -82,11 +84,11 @@ class EvaluateConfig:
 
 
 def open_bundle(config: EvaluateConfig, collection: Collection, vertical: Vertical) -> Bundle | None:
-    """The bundle in the dtype that its server computes in; None where the config names none.
+    """The bundle in the dtype that its server computes in; None where no row needs one.
 
     Raises: InputError when it was made from other documents, queries, grades or another vertical.
     """
-    if not config.bundle:
+    if not (config.other_rankers or set(config.systems) & set(ROWS_OF_BUNDLE)):
         return None
     bundle = load_bundle(config.bundle, dtype=serving_dtype())
     if bundle.index.metadata.get("data") != collection.fingerprint():
@@ -101,7 +103,7 @@ def open_bundle(config: EvaluateConfig, collection: Collection, vertical: Vertic
 
 
 def resolved(config: EvaluateConfig, collection: Collection, vertical: Vertical) -> EvaluateConfig:
-    """With `bm25` written out, `server` added where one is named, and rows left out that the bundle has no order for.
+    """With `bm25` written out and `server` added where one is named.
 
     Raises: InputError for a view that no document can be read through.
     """
@@ -138,13 +140,12 @@ def check(config: EvaluateConfig, vertical: Vertical) -> dict[str, str]:
     if wrong := [name for name, folder in others.items() if not folder]:
         raise InputError(f"other_rankers: write name=folder, not {wrong[0]!r}")
     lexical = [f"bm25:{view}" for view in vertical.views]
-    of_bundle = [*NAMES[1:], "served", "server"]
-    known = [*lexical, "minilm", "judge", *of_bundle]
+    known = [*lexical, "minilm", *ROWS_OF_BUNDLE]
     if wrong := [system for system in config.systems if system not in known]:
         raise InputError(f"unknown system {wrong[0]!r}: set systems to some of {', '.join(known)}")
     if clash := [name for name in others if name in known]:
         raise InputError(f"other_rankers: {clash[0]!r} is a system already; choose another name")
-    needs = {"bundle": (*of_bundle, "judge"), "judge": ("judge",), "server": ("server",)}
+    needs = {"bundle": ROWS_OF_BUNDLE, "judge": ("judge",), "server": ("server",)}
     for field, systems in needs.items():
         if not getattr(config, field) and (wanted := [name for name in systems if name in config.systems]):
             raise InputError(f"system {wanted[0]!r} needs {field}: set {field}=… or leave the system out")
@@ -203,12 +204,9 @@ def collect_runs(
     facts["data"] = systems.collection.fingerprint()
     facts["seconds"] = {system: round(value, 2) for system, value in seconds.items()}
     qrels, threshold = qrels_of(systems.collection, queries), systems.vertical.relevant_threshold
-    found = {
-        name: run for name, run in runs.items() if name.startswith("bm25:") or name in ("minilm", *by_order)
-    }
-    found |= {name: by_order[name] for name in FIRST_STAGES if name in by_order}
-    found = {name: run for name, run in found.items() if "ranker" not in name}
-    facts["first_stage"] = report_stages.first_stage_rows(found, qrels, threshold=threshold)
+    first_stages = {name: run for name, run in runs.items() if name.startswith("bm25:") or name == "minilm"}
+    first_stages |= {name: by_order[name] for name in FIRST_STAGES if name in by_order}
+    facts["first_stage"] = report_stages.first_stage_rows(first_stages, qrels, threshold=threshold)
     bootstrap = {"num_samples": config.num_samples, "seed": config.seed}
     facts["kinds"] = report_stages.kind_rows(
         runs, qrels, systems.collection, threshold=threshold, **bootstrap
@@ -282,12 +280,12 @@ def notes_of(
     return notes
 
 
-def folders_of(config: EvaluateConfig) -> dict[str, Path]:
+def folders_of(config: EvaluateConfig, bundle: Bundle | None) -> dict[str, Path]:
     """Work folders of the trainings whose models are compared, as far as they are known."""
     models = {"judge": config.judge} if "judge" in config.systems else {}
     models |= {name: folder for name, _, folder in (entry.partition("=") for entry in config.other_rankers)}
-    if config.bundle:
-        beside = Path(config.bundle).parent.parent
+    if bundle is not None:
+        beside = bundle.directory.parent.parent
         models = {name: str(beside / name / "model") for name in ("encoder", "ranker")} | models
     return {name: Path(model).parent for name, model in models.items() if Path(model).name == "model"}
 
@@ -300,10 +298,11 @@ def shown_system(runs: dict[str, Run]) -> str:
 def put_into_card(config: EvaluateConfig, bundle: Bundle, written: dict[str, Any]) -> str:
     """Puts the table into the bundle's model card and status page; returns a sentence that says so, or why not.
 
-    Only a table of all test queries with what is served among its rows belongs there.
+    Only a table of all test queries with what is served and all of the bundle's orders belongs there.
     """
-    if (config.split, config.num_queries) != ("test", 0) or "served" not in config.systems:
-        return "not put into the bundle's card, which is for all test queries with the row served"
+    wanted = {"served", *bundle.orders.orders} & set(ROWS_OF_BUNDLE)
+    if (config.split, config.num_queries) != ("test", 0) or not wanted <= set(config.systems):
+        return "not put into the bundle's card, whose table has all test queries, served, and each order of the bundle"
     try:
         if revision_of(config.bundle) != bundle.revision:
             return f"not put into the card of {config.bundle}: it was exported again meanwhile"
@@ -352,7 +351,7 @@ def main(config: EvaluateConfig, workdir: Path) -> None:
     )  # fmt: skip
     write_html(
         workdir / "report.html", title, groups, notes,
-        picture=workdir / "report.png", curves=training_curves(folders_of(config)),
+        picture=workdir / "report.png", curves=training_curves(folders_of(config, bundle)),
         shown=Shown(shown_system(runs), runs[shown_system(runs)], systems.judged, config.view),
         collection=collection, vertical=vertical, tables=report_stages.stage_tables(facts),
     )  # fmt: skip
