@@ -14,11 +14,12 @@ from pathlib import Path
 import jax
 import pytest
 
-from tests.tiny_bundle import write_parts
+from tests.tiny_bundle import write_parts, write_tiny_bundle
 from tests.tiny_collection import write_collection
 
 ROOT = Path(__file__).parent.parent
 BLOCK = re.compile(r"^( *)```\n(.*?)^\1```", re.DOTALL | re.MULTILINE)
+PYTHON_BLOCK = re.compile(r"^```python\n(.*?)^```", re.DOTALL | re.MULTILINE)
 TINY = {
     "train.judge": ["base={ranker}", "lora_rank=2", "max_shared_tokens=64", "max_item_tokens=96"],
     "train.ranker": [
@@ -121,6 +122,16 @@ def test_every_command_of_a_page_runs_in_its_order(page, place, monkeypatch):
             serve(words)
         else:
             launch(words, place, monkeypatch)
+
+
+def test_the_library_block_of_the_serving_page_runs_as_it_stands(tmp_path, monkeypatch, capsys):
+    bundle = write_tiny_bundle(tmp_path)
+    (tmp_path / "work" / "demo").mkdir(parents=True)
+    (tmp_path / "work" / "demo" / "export").symlink_to(bundle.parent)
+    monkeypatch.chdir(tmp_path)
+    [block] = PYTHON_BLOCK.findall((ROOT / "docs" / "serving.md").read_text(encoding="utf-8"))
+    exec(compile(block, "docs/serving.md", "exec"), {})
+    assert [line[:2] for line in capsys.readouterr().out.split("\n")] == ["1 ", "2 ", "3 ", ""]
 
 
 def test_the_readme_has_the_commands_of_the_launchers_page():

@@ -311,7 +311,7 @@ def test_launcher_writes_the_table_of_every_system(parts, tmp_path, capsys):
 
 def test_launcher_without_a_bundle_has_the_rows_that_need_none(parts, tmp_path):
     systems = ("bm25:short", "minilm")
-    config = config_of(parts, bundle="", systems=systems, num_queries=4, other_rankers=())
+    config = config_of(parts, bundle="nowhere", systems=systems, num_queries=4, other_rankers=())
     evaluate.main(config, tmp_path)
     stated = json.loads((tmp_path / "report.json").read_text())
     assert [group["num_queries"] for group in stated["groups"]] == [4]
@@ -329,7 +329,21 @@ def test_a_bundle_that_could_not_be_fitted_is_measured_by_what_it_has(parts, tmp
     stated = json.loads((tmp_path / "report.json").read_text())
     assert list(stated["groups"][0]["columns"]["all"]["means"]) == ["bm25:short", "rrf", "served"]
     assert any("the bundle has no order sum" in note for note in stated["notes"]["text"])
-    assert "Not measured yet" in (bundle / "MODEL_CARD.md").read_text() or load_bundle(bundle).quality
+
+
+@pytest.mark.parametrize(
+    "changes", [{"num_queries": 4}, {"split": "validation"}, {"systems": ("sum", "served")}]
+)
+def test_only_a_full_table_of_test_queries_replaces_the_one_of_the_card(parts, tmp_path, capsys, changes):
+    bundle = shutil.copytree(parts["bundle"], tmp_path / "bundle")
+    before = {path.name: path.read_bytes() for path in bundle.iterdir() if path.is_file()}
+    systems = ("encoder", "rrf", "sum", "ranker", "sum+ranker", "served")
+    config = config_of(parts, bundle=str(bundle), other_rankers=(), systems=systems)
+    evaluate.main(dataclasses.replace(config, **changes), tmp_path)
+    assert before == {path.name: path.read_bytes() for path in bundle.iterdir() if path.is_file()}
+    assert "not put into the bundle's card" in " ".join(capsys.readouterr().out.split())
+    evaluate.main(config, tmp_path)
+    assert [row["system"] for row in load_bundle(bundle).quality] == list(systems)
 
 
 def test_a_bundle_of_other_data_or_another_vertical_is_refused(parts, tmp_path):

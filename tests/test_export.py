@@ -13,7 +13,8 @@ from jaxsearch.ranker import load_ranker, save_ranker
 from jaxsearch.search.orders import NAMES
 from tests.tiny_bundle import write_parts
 from tests.tiny_collection import write_collection, write_words
-from train import export, first_stage, index
+from train import export, index
+from train.first_stage import MOST_QUERIES
 
 
 @pytest.fixture(scope="module")
@@ -98,11 +99,20 @@ def test_queries_too_long_for_the_ranker_are_left_out_of_the_fit_and_counted(wor
     assert json.loads((tmp_path / "report.json").read_text())["calibration"]["num_queries"] == 23
 
 
-def test_more_validation_queries_than_the_sum_is_fitted_on(words, tmp_path, monkeypatch):
-    monkeypatch.setattr(first_stage, "MOST_QUERIES", 10)
-    export.main(words, tmp_path)
+def test_orders_are_fitted_on_queries_that_the_sum_was_fitted_on(words, tmp_path):
+    data = str(write_words(tmp_path / "data", num_queries=3 * (MOST_QUERIES + 20)))
+    made_of = {"collection": data, "encoder": words.encoder, "vertical": words.vertical}
+    index.main(index.IndexConfig(**made_of), tmp_path)
+    changes = {"rank_depth": 2, "validation_queries": MOST_QUERIES + 10, "index": str(tmp_path / "index")}
+    export.main(dataclasses.replace(words, collection=data, **changes), tmp_path)
     report = json.loads((tmp_path / "report.json").read_text())
-    assert report["calibration"]["num_queries"] == 10
+    assert report["calibration"]["num_queries"] == MOST_QUERIES
+
+
+def test_a_handful_of_queries_decides_nothing(words, tmp_path):
+    export.main(dataclasses.replace(words, validation_queries=10), tmp_path)
+    report = json.loads((tmp_path / "report.json").read_text())
+    assert (report["calibration"]["num_queries"], report["served"]) == (10, "sum")
     assert "too few to tell" in report["reason"]
 
 

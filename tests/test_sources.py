@@ -129,7 +129,12 @@ def broken(folder: Path) -> tuple[Path, list[str]]:
         '{"id": "d9", "title": "\\ud800"}',
         {"id": True, "title": "x"},
     ]
-    queries: list[Any] = [*QUERIES, {"id": "q4"}, {"id": "q5", "text": "x", "split": "later"}]
+    queries: list[Any] = [
+        *QUERIES,
+        {"id": "q4"},
+        {"id": "q5", "text": "x", "split": "later"},
+        {"id": "q6", "text": "x", "kind": 3},
+    ]
     grades: list[Any] = [
         *GRADES,
         "",
@@ -157,6 +162,7 @@ def broken(folder: Path) -> tuple[Path, list[str]]:
         "documents.jsonl:13: no id",
         "queries.jsonl:4: text is missing",
         "queries.jsonl:5: split 'later'",
+        "queries.jsonl:6: kind 3 is not a text",
         "grades.jsonl:6: unknown query q9",
         "grades.jsonl:7: unknown document d9",
         "grades.jsonl:8: grade 5 is not",
@@ -169,7 +175,7 @@ def broken(folder: Path) -> tuple[Path, list[str]]:
 
 def test_all_bad_lines_are_in_one_report(tmp_path: Path):
     folder, expected = broken(tmp_path)
-    with pytest.raises(InputError, match="bad lines: 19; mend them, or go on without them") as caught:
+    with pytest.raises(InputError, match="bad lines: 20; mend them, or go on without them") as caught:
         load_collection(folder)
     report = str(caught.value).splitlines()[1:]
     assert len(report) == len(expected)
@@ -181,7 +187,7 @@ def test_bad_lines_can_be_left_out_and_are_counted(tmp_path: Path):
     folder, _ = broken(tmp_path / "broken")
     collection = load_collection(folder, skip_bad_lines=True)
     assert collection.fingerprint() == load_collection(write_jsonl(tmp_path / "good")).fingerprint()
-    assert collection.notice.startswith("Bad lines left out: 19 (10 of ")
+    assert collection.notice.startswith("Bad lines left out: 20 (10 of ")
 
 
 def test_bad_lines_of_beir_grades(tmp_path: Path):

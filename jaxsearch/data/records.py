@@ -68,7 +68,7 @@ class Collection:
         return self.qrels.get(query_id, {}).get(document_id, 0)
 
     def fingerprint(self) -> str:
-        """Twelve hex digits that change when any query, document, grade or split does."""
+        """Twelve hex digits that change when any query (but for its kind), document, grade or split does."""
         digest = hashlib.sha256()
         for part in (
             {key: query.text for key, query in self.queries.items()},
