@@ -1,9 +1,8 @@
 """How good a ranking or a judge is: NumPy only, per query first, averages and intervals after.
 
-Rankings are `Run`s, truth is `Qrels` (see `data.records`); ties in score are broken by document id,
-ascending, so a figure never depends on the order of a dict. A query has no value of a metric that it could
-not score on (no gain, no relevant document); whether it has one depends on the qrels alone, so two systems
-always share their queries. Tables and plots are in `train/report.py`.
+Rankings are `Run`s, truth is `Qrels` (see `data.records`); ties in score are broken by document id, ascending, so a
+figure never depends on the order of a dict. A query has no value of a metric that it could not score on (no gain, no
+relevant document); whether it has one depends on the qrels alone, so two systems always share their queries.
 """
 
 import dataclasses
@@ -21,8 +20,7 @@ from jaxsearch.data.records import MAX_GRADE, NUM_GRADES, Qrels, Run
 from jaxsearch.errors import InputError
 
 METRICS = ("ndcg@10", "ndcg_exp@10", "recall@100", "mrr@10", "precision@10", "poor_match_rate@10")
-HEADLINE = "ndcg@10"
-"""The metric by which systems are compared, and orders fitted and chosen."""
+HEADLINE = "ndcg@10"  # by which systems are compared, and orders fitted and chosen
 POOR_BELOW = 2
 _METRIC = re.compile(r"(ndcg|ndcg_exp|recall|mrr|precision|poor_match_rate)@([1-9]\d*)")
 

@@ -7,6 +7,7 @@ does not raise NDCG@10 on the validation queries is undone. Writes `model/` and 
 """
 
 import dataclasses
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Literal
 
