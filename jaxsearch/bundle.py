@@ -37,7 +37,8 @@ from jaxsearch.retrieval.exact import ExactIndex
 from jaxsearch.retrieval.lexical import Bm25Index
 from jaxsearch.scoring.prefill import PrefillScorer, ScoreRequest
 from jaxsearch.search.orders import Orders
-from jaxsearch.search.searcher import Searcher, SearchReply, SearchRequest
+from jaxsearch.search.requests import SearchReply, SearchRequest
+from jaxsearch.search.searcher import Searcher
 
 FORMAT = 4
 MANIFEST = "bundle.json"

@@ -59,6 +59,8 @@ class Limits:
     max_items: int = MAX_ITEMS
     max_body_bytes: int = MAX_BODY_BYTES
     max_request_tokens: int = MAX_REQUEST_TOKENS
+    max_searches: int = 512
+    """Searches under way at once: what they do on the host passes no queue of tokens."""
 
 
 @dataclasses.dataclass
@@ -92,7 +94,7 @@ class Service:
         self.engine = engine
         self.limits = limits
         self.executor = concurrent.futures.ThreadPoolExecutor(max_workers=2, thread_name_prefix="host")
-        self.searches = SearchService(engine, self.executor)
+        self.searches = SearchService(engine, self.executor, max_searches=limits.max_searches)
         self._arriving_tokens = 0
 
     async def score(self, call: Call) -> Reply:
@@ -188,7 +190,7 @@ class Service:
         async def run(job: Job) -> Outcome:
             return await self._outcome(call, job)
 
-        return await self.searches.search(body, plan, run)
+        return await self.searches.search(body, plan, run, call.deadline)
 
     def info(self) -> Reply:
         """`/info`: what is served, with which limits, and in which state."""

@@ -15,6 +15,7 @@ import pydantic
 from pydantic import ConfigDict, Field
 
 from jaxsearch.errors import InputError
+from jaxsearch.search.candidates import RETRIEVE_DEPTH
 from serve.complaints import complaints
 
 MAX_ITEMS = 1000
@@ -95,7 +96,7 @@ class RetrieveOptions(OurBody):
     sources: list[Literal["embedding", "bm25"]] | None = None
     """Absent: those that the order reads. One alone gives that source's own order, unless `rank.depth` asks for the
     ranker."""
-    depth: Annotated[int, Field(ge=1, le=MAX_DEPTH)] = 100
+    depth: Annotated[int, Field(ge=1, le=MAX_DEPTH)] = RETRIEVE_DEPTH
     """Candidates of each source, and of all together."""
 
 
@@ -228,7 +229,7 @@ class RelevanceScore(pydantic.BaseModel):
     """A probability; null where the bundle has no calibration."""
 
 
-class SearchResult(pydantic.BaseModel):
+class SearchResultBody(pydantic.BaseModel):
     """One document."""
 
     model_config = ConfigDict(use_attribute_docstrings=True)
@@ -249,11 +250,11 @@ class SearchResult(pydantic.BaseModel):
     """Absent unless asked for."""
 
 
-class SearchReply(pydantic.BaseModel):
+class SearchReplyBody(pydantic.BaseModel):
     """What `/v1/search` answers."""
 
     model_config = ConfigDict(use_attribute_docstrings=True)
-    results: list[SearchResult]
+    results: list[SearchResultBody]
     """One page."""
     cursor: str | None
     """For the next page; null on the last."""

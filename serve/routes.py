@@ -43,7 +43,7 @@ from serve.protocol import (
     RequestError,
     ScoreBody,
     SearchBody,
-    SearchReply,
+    SearchReplyBody,
     as_tei,
     error_body,
     error_dialect,
@@ -237,7 +237,7 @@ def create_app(
     _add_gets(app, service)
     add_pages(app)
     bodies = [body for _, _, bodies in posts for body in bodies]
-    _describe(app, [*bodies, SearchReply, *ERROR_REPLIES.values()])
+    _describe(app, [*bodies, SearchReplyBody, *ERROR_REPLIES.values()])
 
     @app.exception_handler(HTTPException)
     async def refuse(request: Request, error: HTTPException) -> Response:
@@ -271,7 +271,7 @@ def _add_post(
         methods=["POST"],
         response_model=None,
         responses={
-            **({200: {"content": _json_content([SearchReply])}} if SearchBody in bodies else {}),
+            **({200: {"content": _json_content([SearchReplyBody])}} if SearchBody in bodies else {}),
             "4XX": {"description": "Refused: the message says what to change", "content": refused},
             "5XX": {"description": "Not ready, too late, or a failure of the server", "content": refused},
         },

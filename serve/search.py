@@ -15,14 +15,21 @@ from typing import Any
 
 import numpy as np
 
-from jaxsearch.errors import InputError
 from jaxsearch.scoring.prefill import ScoreRequest
-from jaxsearch.search.searcher import Plan, SearchRequest
-from serve.batcher import Outcome
+from jaxsearch.search.requests import Plan, PlanError, SearchRequest
+from serve.batcher import DEFAULT_RETRY_SECONDS, LATE, DeadlineExceeded, Outcome, QueueFull
 from serve.engine import Engine, Job, Scored
 from serve.protocol import RequestError, SearchBody, blaming
 
 MAX_CURSORS = 256
+PARAMS = {
+    "order": "order",
+    "top_k": "top_k",
+    "sources": "retrieve.sources",
+    "retrieve_depth": "retrieve.depth",
+    "rank_depth": "rank.depth",
+}
+"""By field of `SearchRequest`, where the body has it."""
 RunJob = Callable[[Job], Awaitable[Outcome]]
 
 
@@ -38,12 +45,14 @@ class _Pinned:
 class SearchService:
     """Schedules searches over a bundle's corpus. Host work runs in `executor`."""
 
-    def __init__(self, engine: Engine, executor: Executor) -> None:
+    def __init__(self, engine: Engine, executor: Executor, *, max_searches: int) -> None:
         self.engine = engine
         self.bundle = engine.bundle
         self.searcher = engine.bundle.searcher
         self._executor = executor
         self._mean_item_tokens = 0.0
+        self._max_searches = max_searches
+        self._num_searches = 0
         self._pinned: collections.OrderedDict[str, _Pinned] = collections.OrderedDict()
 
     def plan(self, body: SearchBody) -> Plan:
@@ -51,24 +60,38 @@ class SearchService:
         self._check(body)
         try:
             return self.searcher.plan(_request(body))
-        except InputError as error:
-            param = (
-                "order" if body.order else "retrieve.sources" if body.retrieve.sources == [] else "rank.depth"
-            )
-            raise RequestError(400, str(error), param=param) from None
+        except PlanError as error:
+            code = "empty_input" if body.retrieve.sources == [] else "invalid_request"
+            raise RequestError(400, str(error), code=code, param=PARAMS[error.field]) from None
 
     def expected_tokens(self, plan: Plan) -> int:
         """About what ranking will take, by the search ranked last: most of a search, known only at its end."""
         return int(plan.rank_depth * self._mean_item_tokens)
 
-    async def search(self, body: SearchBody, plan: Plan, run: RunJob) -> dict[str, Any]:
+    async def search(
+        self, body: SearchBody, plan: Plan, run: RunJob, deadline: float | None = None
+    ) -> dict[str, Any]:
         """The reply to one search, answered by `plan`.
 
-        Raises: RequestError 400, 404 or 410, also for what the filter or the prompt refuses; and what `run` raises.
+        Args: after `deadline`, on the monotonic clock, nobody waits for it.
+        Raises: RequestError 400, 404 or 410, also for what the filter or the prompt refuses; QueueFull;
+            DeadlineExceeded; and what `run` raises.
         """
         begun = time.perf_counter()
         if body.cursor is not None:
             return self._page(body, begun)
+        if self._num_searches >= self._max_searches:
+            raise QueueFull(f"{self._num_searches} searches are under way already", DEFAULT_RETRY_SECONDS)
+        self._num_searches += 1
+        try:
+            async with asyncio.timeout(None if deadline is None else deadline - time.monotonic()):
+                return await self._searched(body, plan, run, begun)
+        except TimeoutError:
+            raise DeadlineExceeded(LATE) from None
+        finally:
+            self._num_searches -= 1
+
+    async def _searched(self, body: SearchBody, plan: Plan, run: RunJob, begun: float) -> dict[str, Any]:
         searcher = self.searcher
         stages: dict[str, float] = {}
         request = _request(body)

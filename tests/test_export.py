@@ -3,12 +3,14 @@
 import dataclasses
 import json
 import shutil
+import sys
 
 import pytest
 
 from jaxsearch.bundle import load_bundle
 from jaxsearch.encoder import load_encoder, save_encoder
 from jaxsearch.errors import InputError
+from jaxsearch.files import read_json
 from jaxsearch.ranker import load_ranker, save_ranker
 from jaxsearch.search.orders import NAMES
 from tests.tiny_bundle import write_parts
@@ -89,14 +91,37 @@ def test_a_ranker_with_random_weights_is_not_served_unless_it_is_wanted(words, t
 def test_queries_too_long_for_the_ranker_are_left_out_of_the_fit_and_counted(words, tmp_path, capsys):
     data = shutil.copytree(words.collection, tmp_path / "data")
     rows = [json.loads(line) for line in (data / "queries.jsonl").read_text().splitlines()]
-    rows[2]["text"] *= 20
+    for row in rows:
+        row["text"] *= 20 if row["split"] == "validation" and row["id"] not in ("q02", "q05", "q08") else 1
     (data / "queries.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     index.main(
         index.IndexConfig(encoder=words.encoder, vertical=words.vertical, collection=str(data)), tmp_path
     )
     export.main(dataclasses.replace(words, collection=str(data), index=str(tmp_path / "index")), tmp_path)
-    assert "1 validation queries are too long for the ranker" in capsys.readouterr().out
-    assert json.loads((tmp_path / "report.json").read_text())["calibration"]["num_queries"] == 23
+    assert "21 validation queries are too long for the ranker" in capsys.readouterr().out
+    report = json.loads((tmp_path / "report.json").read_text())
+    assert report["calibration"]["num_queries"] == 3
+    assert len(read_json(tmp_path / "bundle" / "selftest.json")) == report["known_answers"] <= 3
+
+
+def test_where_every_query_is_too_long_that_is_the_reason(words, tmp_path):
+    data = shutil.copytree(words.collection, tmp_path / "data")
+    rows = [json.loads(line) for line in (data / "queries.jsonl").read_text().splitlines()]
+    lines = [json.dumps(row | {"text": 20 * row["text"]}) + "\n" for row in rows]
+    (data / "queries.jsonl").write_text("".join(lines))
+    index.main(
+        index.IndexConfig(encoder=words.encoder, vertical=words.vertical, collection=str(data)), tmp_path
+    )
+    export.main(dataclasses.replace(words, collection=str(data), index=str(tmp_path / "index")), tmp_path)
+    report = json.loads((tmp_path / "report.json").read_text())
+    assert (report["served"], report["known_answers"]) == ("rrf", 0)
+    assert "all of the 24 validation queries that were drawn are too long for the ranker" in report["reason"]
+
+
+def test_a_bundle_needs_words(words, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "bm25s", None)
+    with pytest.raises(InputError, match=r"pip install 'jaxsearch\[search\]'"):
+        export.main(words, tmp_path)
 
 
 def test_orders_are_fitted_on_queries_that_the_sum_was_fitted_on(words, tmp_path):

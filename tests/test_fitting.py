@@ -1,5 +1,7 @@
 """Orders fitted on graded queries: the better signal gets the weight, and the ranker only serves where it helps."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 
@@ -236,13 +238,30 @@ def test_the_best_order_of_each_sort_is_found_without_measurements_too():
     assert (orders.default, orders.retrieval.name, orders.ranked.name) == ("rrf", "rrf", "ranker")
     assert orders.first_stage.name == "rrf"
     measured = {
+        **orders.orders,
         "bm25": Order("bm25", {"bm25": 1.0}, Interval(0.5, 0.4, 0.6)),
         "ranker": Order("ranker", {"ranker": 1.0}, Interval(0.6, 0.5, 0.7)),
         "sum+ranker": Order("sum+ranker", {"bm25": 1.0, "ranker": 1.0}, Interval(0.7, 0.6, 0.8)),
     }
     orders = Orders(measured, "bm25", "", plain="bm25")
     assert (orders.retrieval.name, orders.ranked.name) == ("bm25", "sum+ranker")
-    with pytest.raises(InputError, match="no order with a ranker"):
-        _ = Orders({"bm25": measured["bm25"]}, "bm25", "", plain="bm25").ranked
     forced = Orders(measured, "ranker", "", plain="bm25")
     assert (forced.retrieval.name, forced.ranked.name) == ("bm25", "ranker")
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"orders": {"bm25": UNFITTED[0]}}, "the order 'encoder' is missing"),
+        ({"default": "best"}, "unknown order 'best'"),
+        ({"plain": "sum"}, "unknown order 'sum'"),
+        (
+            {"orders": {**Orders.unfitted().orders, "sum": Order("sum", {"age": 1.0})}},
+            "order 'sum' is not one of",
+        ),
+        ({"orders": {**Orders.unfitted().orders, "sum": UNFITTED[0]}}, "order 'sum' is not one of"),
+    ],
+)
+def test_orders_that_could_not_be_served_are_refused(changes, message):
+    with pytest.raises(InputError, match=message):
+        dataclasses.replace(Orders.unfitted(), **changes)

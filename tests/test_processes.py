@@ -1,5 +1,6 @@
 """Two processes as one training: the same parameters, and what happens when one of them dies."""
 
+import json
 import os
 import signal
 import socket
@@ -10,6 +11,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from tests.tiny_bundle import write_parts
+from tests.tiny_collection import write_words
 from tests.toy_training import train
 from train.processes import run_child
 
@@ -18,18 +21,24 @@ NUM_STEPS = 12
 TIMEOUT_SECONDS = 150
 
 
-def run_two(workdir: Path, *, killed: int | None = None) -> list[tuple[int, str]]:
-    """Exit status and error output of each process; `killed` dies while it makes batch 7."""
+ENVIRONMENT = os.environ | {"PYTHONPATH": str(ROOT.parent)}
+
+
+def free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    environment = os.environ | {"PYTHONPATH": str(ROOT.parent)}
+        return probe.getsockname()[1]
+
+
+def run_two(workdir: Path, *, killed: int | None = None) -> list[tuple[int, str]]:
+    """Exit status and error output of each process; `killed` dies while it makes batch 7."""
+    port = free_port()
     processes = []
     for number in range(2):
         command = [sys.executable, ROOT / "two_processes.py", workdir, NUM_STEPS, port, 2, number]
         command += ["SIGKILL", 7] if number == killed else []
         processes.append(
-            subprocess.Popen([*map(str, command)], env=environment, stderr=subprocess.PIPE, text=True)
+            subprocess.Popen([*map(str, command)], env=ENVIRONMENT, stderr=subprocess.PIPE, text=True)
         )
     told = [process.communicate(timeout=TIMEOUT_SECONDS)[1] for process in processes]
     return [(process.returncode, text) for process, text in zip(processes, told, strict=True)]
@@ -61,6 +70,26 @@ def test_two_processes_train_as_one_and_a_dead_one_stops_the_other(tmp_path):
     assert [status for status, _ in again] == [0, 0], again
     assert "resumed from step" in again[0][1]
     assert_as_one_process(tmp_path / "killed", whole)
+
+
+def test_every_process_mines_the_same_candidates(tmp_path):
+    write_parts(tmp_path / "models")
+    folder = write_words(tmp_path / "collection")
+    command = [sys.executable, ROOT / "two_processes_mining.py", free_port(), 2]
+    processes = [
+        subprocess.Popen(
+            [*map(str, [*command, number, tmp_path / "models", folder])],
+            env=ENVIRONMENT,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        for number in range(2)
+    ]
+    found = [process.communicate(timeout=TIMEOUT_SECONDS)[0] for process in processes]
+    assert [process.returncode for process in processes] == [0, 0]
+    first, second = (json.loads(text.splitlines()[-1]) for text in found)
+    assert first == second
+    assert [len(documents) for documents in first.values()] == [5, 5, 5]
 
 
 CHILD = """

@@ -80,3 +80,26 @@ def test_a_search_that_would_be_late_is_refused_before_anything_is_done(engine, 
     refused = client.post("/v1/search", json=SEARCH | {"timeout_ms": 600 * seconds}, timeout=5)
     assert refused.status_code == 429
     assert "alone takes" in refused.json()["message"]
+
+
+def test_more_searches_than_the_host_can_do_are_refused(engine):
+    gate, held = threading.Event(), threading.Event()
+
+    def before(_):
+        held.set()
+        gate.wait(30)
+
+    with (
+        serving(engine, Limits(max_searches=1)) as client,
+        device(engine, before),
+        concurrent.futures.ThreadPoolExecutor(1) as pool,
+    ):
+        first = pool.submit(client.post, "/v1/search", json=SEARCH)
+        assert held.wait(10)
+        refused = client.post("/v1/search", json=SEARCH | {"order": "bm25"})
+        assert refused.status_code == 429
+        assert "1 searches are under way already" in refused.json()["message"]
+        assert int(refused.headers["retry-after"]) >= 1
+        gate.set()
+        assert first.result(30).status_code == 200
+        assert client.post("/v1/search", json=SEARCH | {"order": "bm25"}).status_code == 200

@@ -6,7 +6,7 @@ import pytest
 from jaxsearch.bundle import load_bundle
 from jaxsearch.errors import InputError
 from jaxsearch.search.candidates import find_candidates
-from jaxsearch.search.searcher import SearchRequest
+from jaxsearch.search.requests import SearchRequest
 from tests.tiny_bundle import DOCUMENTS, write_tiny_bundle
 
 QUERIES = ("write code", "bake bread", "dig for iron data", "zzz")

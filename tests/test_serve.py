@@ -294,6 +294,21 @@ def test_a_wrong_request_gets_its_status_and_the_server_lives_on(server, path, b
     assert server.get("/ready").status_code == 200
 
 
+@pytest.mark.parametrize(
+    ("options", "param"),
+    [
+        ({"order": "best"}, "order"),
+        ({"order": "rrf", "rank": {"depth": 3}}, "rank.depth"),
+        ({"order": "ranker", "rank": {"depth": 0}}, "rank.depth"),
+        ({"order": "ranker", "retrieve": {"sources": []}}, "retrieve.sources"),
+        ({"order": "bm25", "retrieve": {"sources": ["embedding"]}}, "order"),
+    ],
+)
+def test_a_search_that_cannot_be_is_blamed_on_its_field(server, options, param):
+    reply = server.post("/v1/search", json={"query": "a", **options})
+    assert (reply.status_code, reply.json()["param"]) == (400, param)
+
+
 def test_a_query_that_does_not_fit_is_blamed(server):
     for path, more in (("/v1/search", {}), ("/v1/rerank", {"documents": ["b"]})):
         for query in ("q" * 300, LONG):
@@ -329,7 +344,7 @@ def test_openapi_describes_the_bodies(server):
     assert schemas["SearchBody"]["properties"]["top_k"]["maximum"] == 1000
     assert [schemas[name]["additionalProperties"] for name in ("SearchBody", "RankOptions")] == [False, False]
     answered = described["paths"]["/v1/search"]["post"]["responses"]["200"]["content"]["application/json"]
-    assert answered["schema"]["$ref"].endswith("/SearchReply")
+    assert answered["schema"]["$ref"].endswith("/SearchReplyBody")
     for path in ("/v1/search", "/v1/rerank", "/v1/score", "/v1/embeddings"):
         schema = described["paths"][path]["post"]["requestBody"]["content"]["application/json"]["schema"]
         for reference in schema.get("anyOf", [schema]):

@@ -58,5 +58,7 @@ WRONG_REQUESTS = [
     (SEARCH, {"query": "a", "retrieve": {"sources": []}}, 400, "sources is empty"),
     (SEARCH, {"query": "a", "retrieve": {"sources": ["google"]}}, 400, "retrieve.sources.0"),
     (SEARCH, {"query": "a", "rank": {"objective": {"click": 1}}}, 400, "this server has 'relevance' only"),
+    (SEARCH, {"query": "a", "order": "best"}, 400, "unknown order 'best'; there are bm25"),
     (SEARCH, {"query": "a", "timeout_ms": 0.0001}, 504, "time passed"),
+    (SEARCH, {"query": "a", "order": "bm25", "timeout_ms": 0.0001}, 504, "time passed"),
 ]  # fmt: skip

@@ -131,7 +131,7 @@ def _orders(orders: Orders) -> list[str]:
         orders.reason,
         "",
         "NDCG@10 on validation queries and seen documents, with 95 % intervals. The weight of sum is fitted on these "
-        "queries, the ranker's share in sum+ranker is cross-fitted.",
+        "and, where there are more, on up to 500 validation queries; the ranker's share in sum+ranker is cross-fitted.",
         "",
         *_table(rows),
     ]

@@ -33,6 +33,7 @@ from jaxsearch.files import write_json
 from jaxsearch.nn.convert import load_pretrained
 from jaxsearch.retrieval import to_run
 from jaxsearch.retrieval.exact import ExactIndex
+from jaxsearch.search.candidates import RETRIEVE_DEPTH
 from train.config import Bound, Count
 from train.first_stage import embed_corpus
 from train.inputs import load_data, origin, validate
@@ -43,8 +44,7 @@ from train.step import batch_pieces
 from train.workdir import claim
 
 METRICS = ("ndcg@10", "recall@100")
-"""Of the validation queries, by the grades of seen documents."""
-VALIDATION_DEPTH = 100
+"""What a round is judged by, on the validation queries and seen documents."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -197,9 +197,7 @@ def main(config: EncoderConfig, workdir: Path) -> None:
 
     def evaluate(model: Encoder) -> dict[str, float]:
         corpus.use_weights(model)
-        return validate(
-            collection, vertical, held_out, corpus.mine(held_out, depth=VALIDATION_DEPTH), METRICS
-        )
+        return validate(collection, vertical, held_out, corpus.mine(held_out, depth=RETRIEVE_DEPTH), METRICS)
 
     report = {"before": evaluate(encoder)}
     kept, best = "before", jax.tree.map(np.array, nnx.state(encoder))

@@ -24,8 +24,8 @@ from jaxsearch.data.records import Collection, Query, Run
 from jaxsearch.data.verticals import Vertical
 from jaxsearch.errors import InputError
 from jaxsearch.files import write_json
+from jaxsearch.search.candidates import RETRIEVE_DEPTH
 from jaxsearch.search.orders import NAMES
-from jaxsearch.search.searcher import RETRIEVE_DEPTH
 from train import plots, report, report_stages
 from train.card import with_quality
 from train.config import Count, CountOrNone
@@ -33,7 +33,7 @@ from train.first_stage import draw
 from train.inputs import check_view, load_data, qrels_of
 from train.options import run
 from train.report_html import Shown, training_curves, write_html
-from train.systems import Systems, order_runs, served_run, server_run
+from train.systems import Systems, check_server, order_runs, served_run, server_run
 
 FIRST_STAGES = ("encoder", "rrf", "sum")
 ROWS_OF_BUNDLE = (*NAMES[1:], "judge", "served", "server")
@@ -69,7 +69,7 @@ class EvaluateConfig:
     view: str = "short"
     """Which view of a document the row `minilm` reads; judge and rankers read the one that they were trained on."""
     split: str = "test"
-    """Whose queries are reported."""
+    """The split whose queries are reported."""
     num_queries: CountOrNone = 0
     """How many of them, drawn by the seed; 0: all."""
     dtype: Literal["float32", "bfloat16"] = "float32"
@@ -79,7 +79,7 @@ class EvaluateConfig:
     baseline: str = ""
     """The row that every other is compared with; empty: sum, or the first one where it is not among the rows."""
     num_samples: Count = 10_000
-    """Of the bootstrap."""
+    """Resamples of the bootstrap."""
     seed: int = 0
 
 
@@ -191,16 +191,19 @@ def collect_runs(
         elif bundle is not None and system == "served":
             runs[system] = served_run(bundle, queries)
         elif bundle is not None and system == "server":
-            runs[system] = server_run(config.server, queries, bundle.revision)
+            runs[system] = server_run(config.server, queries)
         elif bundle is not None and system == "judge":
             first = {query.id: by_order[bundle.orders.first_stage.name][query.id] for query in subset}
             graded, facts["judge"] = systems.judge(config.judge, report.top(first, bundle.orders.rank_depth))
             subset_runs[system] = report.overlay(first, graded)
         elif system in by_order:
             runs[system] = by_order[system]
+            continue
         seconds[system] = time.monotonic() - started
     for name, folder in others.items():
+        started = time.monotonic()
         runs[name] = systems.by_other_ranker(queries, name, folder)
+        seconds[name] = time.monotonic() - started
     facts["data"] = systems.collection.fingerprint()
     facts["seconds"] = {system: round(value, 2) for system, value in seconds.items()}
     qrels, threshold = qrels_of(systems.collection, queries), systems.vertical.relevant_threshold
@@ -323,6 +326,8 @@ def main(config: EvaluateConfig, workdir: Path) -> None:
         raise InputError(f"{collection.name} has no queries in split {config.split!r}")
     subset = draw(queries, config.judge_queries, config.seed)
     bundle, wanted = open_bundle(config, collection, vertical), config.systems
+    if bundle is not None and "server" in config.systems:
+        check_server(config.server, bundle.revision)
     config = with_orders(config, bundle)
     systems = Systems(
         collection,

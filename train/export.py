@@ -12,7 +12,7 @@ for the server's self-test. Writes `bundle/` and `report.json`; `train.evaluate`
 import dataclasses
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 
@@ -23,12 +23,13 @@ from jaxsearch.data.verticals import Vertical
 from jaxsearch.encoder import load_encoder
 from jaxsearch.errors import InputError
 from jaxsearch.files import read_json, read_object, write_json
-from jaxsearch.ranker import load_ranker
+from jaxsearch.ranker import TextRanker, load_ranker
 from jaxsearch.retrieval.exact import ExactIndex
+from jaxsearch.search.candidates import RETRIEVE_DEPTH
 from jaxsearch.search.fitting import NothingToFitError, WorseOrderError, fit_orders, held_out_error
 from jaxsearch.search.orders import NAMES, Orders
 from train.card import CardFacts, measure_speed, model_card, order_rows, trained_elsewhere
-from train.config import Count, CountOrNone
+from train.config import Bound, Count, CountOrNone
 from train.first_stage import FirstStage, draw, open_first_stage
 from train.inputs import load_data, offline_scorer
 from train.options import run, say
@@ -59,8 +60,9 @@ class ExportConfig:
     """Serve `order` even where another one is better on validation queries; with no order named, serve the best one
     that uses the ranker."""
     validation_queries: Count = 200
-    """Validation queries, drawn by the seed, on which orders and calibrations are fitted and compared."""
-    rank_depth: Count = 20
+    """Validation queries, drawn by the seed from those that the sum's weight is fitted on (500 at most), on which all
+    else is fitted and orders are compared."""
+    rank_depth: Annotated[int, Bound(1, RETRIEVE_DEPTH)] = 20
     """The first stage's best documents, which the ranker sorts."""
     known_answers: CountOrNone = 8
     """(query, relevant, irrelevant document) triples to try for the self-test; those ranked wrongly are left
@@ -121,7 +123,10 @@ def find_orders(config: ExportConfig, stage: FirstStage) -> tuple[Orders, dict[s
                 f"{error}; leave order empty, or export it all the same with --allow-worse"
             ) from None
         except NothingToFitError:
-            why = f"none of the {len(queries)} validation queries that were drawn has a graded seen document"
+            if not scores:
+                why = f"all of the {len(queries)} validation queries that were drawn are too long for the ranker"
+            else:
+                why = f"none of the {len(queries)} validation queries that were drawn has a graded seen document"
         else:
             served = orders[orders.default]
             facts: dict[str, float | int] = {"num_queries": len(scores)}
@@ -134,6 +139,15 @@ def find_orders(config: ExportConfig, stage: FirstStage) -> tuple[Orders, dict[s
         reason = f"Served: {wanted}, as it was asked for; nothing could be compared, since {why}."
         orders = dataclasses.replace(orders, default=orders[wanted].name, reason=reason)
     return orders, {}
+
+
+def is_readable(ranker: TextRanker, query: Query) -> bool:
+    """False for a query that is too long for the ranker's prompt."""
+    try:
+        ranker.request(query.text, [])
+    except InputError:
+        return False
+    return True
 
 
 def choose_triples(
@@ -178,7 +192,9 @@ def main(config: ExportConfig, workdir: Path) -> None:
         ranker=ranker,
         make_scorer=lambda: scorer,
     )
-    queries = collection.split("validation")
+    if stage.searcher.bm25 is None:
+        raise InputError("a bundle searches by words too: pip install 'jaxsearch[search]'")
+    queries = [query for query in collection.split("validation") if is_readable(ranker, query)]
     random = np.random.default_rng(config.seed)
     queries = [queries[i] for i in random.permutation(len(queries))]
     orders, facts = find_orders(config, stage)

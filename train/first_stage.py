@@ -4,7 +4,7 @@ candidates that a server will rank."""
 import contextlib
 import dataclasses
 import importlib.util
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import numpy as np
 from jaxtyping import Float
@@ -14,14 +14,15 @@ from jaxsearch.data.records import Collection, Query, Run
 from jaxsearch.data.verticals import Vertical
 from jaxsearch.encoder import TextEncoder
 from jaxsearch.errors import InputError
+from jaxsearch.metrics import restrict
 from jaxsearch.ranker import TextRanker
 from jaxsearch.retrieval.exact import ExactIndex
 from jaxsearch.retrieval.lexical import Bm25Index
 from jaxsearch.scoring.prefill import PrefillScorer
-from jaxsearch.search.candidates import Candidates
+from jaxsearch.search.candidates import RETRIEVE_DEPTH, Candidates
 from jaxsearch.search.fitting import GradedCandidates, NothingToFitError, fit_sum
 from jaxsearch.search.orders import UNFITTED, Order, Orders, head_of
-from jaxsearch.search.searcher import RETRIEVE_DEPTH, Searcher
+from jaxsearch.search.searcher import Searcher
 from train.options import progress, say
 
 QUERIES_AT_ONCE = 4
@@ -55,19 +56,20 @@ class FirstStage:
         self, queries: Sequence[Query], *, depth: int = RETRIEVE_DEPTH, seen_only: bool = True
     ) -> dict[str, Candidates]:
         """By query id, what the sources find: the best `depth` documents of each."""
-        found = self.searcher.find_all(
-            [query.text for query in queries], depth, self.seen() if seen_only else None
-        )
-        return {query.id: candidates for query, candidates in zip(queries, found, strict=True)}
+        return dict(self._found(queries, depth, seen_only))
+
+    def _found(
+        self, queries: Sequence[Query], depth: int, seen_only: bool
+    ) -> Iterator[tuple[str, Candidates]]:
+        texts = [query.text for query in queries]
+        found = self.searcher.find_all(texts, depth, self.seen() if seen_only else None)
+        return zip((query.id for query in queries), found, strict=True)
 
     def graded(self, queries: Sequence[Query]) -> GradedCandidates:
         """Candidates of queries with the grades of their seen documents."""
-        unseen = self.collection.unseen_documents
-        qrels = {
-            query.id: {d: g for d, g in self.collection.qrels.get(query.id, {}).items() if d not in unseen}
-            for query in queries
-        }
-        return GradedCandidates(self.candidates(queries), self.searcher.index.ids, qrels, self.threshold)
+        qrels = {query.id: self.collection.qrels.get(query.id, {}) for query in queries}
+        seen = restrict(qrels, self.collection.documents.keys() - self.collection.unseen_documents)
+        return GradedCandidates(self.candidates(queries), self.searcher.index.ids, seen, self.threshold)
 
     def mine(self, queries: Sequence[Query], *, depth: int, seen_only: bool = True) -> Run:
         """The best `depth` documents for each query by the first stage's order, with its scores.
@@ -76,7 +78,7 @@ class FirstStage:
         """
         mined: Run = {}
         wide = max(depth, RETRIEVE_DEPTH)
-        for query_id, found in self.candidates(queries, depth=wide, seen_only=seen_only).items():
+        for query_id, found in self._found(queries, wide, seen_only):
             head = found.at(head_of(found, self.order, depth))
             keys = [self.searcher.index.ids[position] for position in head.positions.tolist()]
             mined[query_id] = dict(zip(keys, self.order.scores(head).tolist(), strict=True))

@@ -188,8 +188,7 @@ def validate(
 
     Raises: InputError when no query has a relevant one, so that nothing could be measured.
     """
-    qrels = {query.id: collection.qrels.get(query.id, {}) for query in queries}
-    seen = restrict(qrels, collection.documents.keys() - collection.unseen_documents)
+    seen = restrict(qrels_of(collection, queries), collection.documents.keys() - collection.unseen_documents)
     threshold = vertical.relevant_threshold
     if not any(grade >= threshold for grades in seen.values() for grade in grades.values()):
         raise InputError(

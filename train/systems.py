@@ -3,6 +3,7 @@ other rankers, the judge."""
 
 import itertools
 import json
+import time
 import urllib.error
 import urllib.request
 from collections.abc import Sequence
@@ -20,9 +21,10 @@ from jaxsearch.ranker import load_ranker
 from jaxsearch.retrieval import to_run
 from jaxsearch.retrieval.exact import ExactIndex
 from jaxsearch.retrieval.lexical import Bm25Index
-from jaxsearch.search.candidates import Candidates
+from jaxsearch.search.candidates import RETRIEVE_DEPTH, Candidates
 from jaxsearch.search.orders import arrange
-from jaxsearch.search.searcher import RETRIEVE_DEPTH, Plan, Searcher, SearchRequest
+from jaxsearch.search.requests import Plan, SearchRequest
+from jaxsearch.search.searcher import Searcher
 from train.first_stage import embed_corpus, rank_some
 from train.inputs import load_retriever, offline_scorer
 from train.label import label_pairs
@@ -30,7 +32,8 @@ from train.options import progress
 
 QUERIES_AT_ONCE = 4
 TIMEOUT_SECONDS = 120
-REFUSED = 400
+REFUSED, BUSY = 400, (429, 503)
+MAX_TRIES = 8
 
 
 class Systems:
@@ -178,14 +181,18 @@ def served_run(bundle: Bundle, queries: Sequence[Query]) -> Run:
     return run
 
 
-def server_run(address: str, queries: Sequence[Query], revision: str) -> Run:
-    """The answers of a running server to the same questions; a query that it refuses with 400 has found nothing.
-
-    Raises: InputError when there is no server, it serves another bundle than `revision`, or it fails.
-    """
+def check_server(address: str, revision: str) -> None:
+    """Raises: InputError when there is no server, or it serves another bundle than `revision`."""
     served = _ask(f"{address.rstrip('/')}/info").get("model_revision")
     if served != revision:
         raise InputError(f"{address} serves revision {served}, the bundle is {revision}: serve this bundle")
+
+
+def server_run(address: str, queries: Sequence[Query]) -> Run:
+    """The answers of a running server to the same questions; a query that it refuses with 400 has found nothing.
+
+    Raises: InputError when it does not answer, fails, or is still too busy after `MAX_TRIES`.
+    """
     run: Run = {}
     with progress("server", len(queries)) as advance:
         for query in queries:
@@ -199,18 +206,23 @@ def server_run(address: str, queries: Sequence[Query], revision: str) -> Run:
 def _ask(url: str, body: dict[str, Any] | None = None) -> dict[str, Any]:
     data = None if body is None else json.dumps(body).encode()
     request = urllib.request.Request(url, data=data, headers={"Content-Type": "application/json"})
-    try:
-        with urllib.request.urlopen(request, timeout=TIMEOUT_SECONDS) as reply:
-            return json.load(reply)
-    except urllib.error.HTTPError as error:
-        if error.code == REFUSED:
-            return {}
-        told = error.read().decode(errors="replace")[:300]
-        raise InputError(f"{url} answered {error.code}: {told}") from None
-    except (OSError, ValueError) as error:
-        raise InputError(
-            f"{url} does not answer ({error}): start python -m serve.main with this bundle"
-        ) from None
+    tries = 0
+    while True:
+        tries += 1
+        try:
+            with urllib.request.urlopen(request, timeout=TIMEOUT_SECONDS) as reply:
+                return json.load(reply)
+        except urllib.error.HTTPError as error:
+            if error.code == REFUSED:
+                return {}
+            if error.code not in BUSY or tries == MAX_TRIES:
+                told = error.read().decode(errors="replace")[:300]
+                raise InputError(f"{url} answered {error.code}: {told}") from None
+            time.sleep(float(error.headers.get("Retry-After", 1)))
+        except (OSError, ValueError) as error:
+            raise InputError(
+                f"{url} does not answer ({error}): start python -m serve.main with this bundle"
+            ) from None
 
 
 def _ranked(ids: Sequence[str]) -> dict[str, float]:

@@ -136,7 +136,7 @@ class ExactIndex:
             raise InputError("embeddings and features must be finite; the encoder that made them is broken")
         self._embeds = np.asarray(embeds)
         self._dtype = dtype
-        self._mesh = Mesh(np.array(jax.devices()[:1]), ("data",)) if mesh is None else mesh
+        self._mesh = Mesh(np.array(jax.local_devices()[:1]), ("data",)) if mesh is None else mesh
         self._programs: dict[tuple[int, int, FilterKind], jax.stages.Compiled] = {}
         self._place(memory_budget_bytes)
 

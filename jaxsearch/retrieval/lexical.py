@@ -7,6 +7,7 @@ shares no word with the query is not found at all.
 import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -43,6 +44,14 @@ def best_of(
     return found[np.argsort(-scores[found], kind="stable")[:k]]
 
 
+def _library() -> ModuleType:
+    try:
+        import bm25s
+    except ImportError:
+        raise InputError("BM25 needs bm25s: pip install 'jaxsearch[search]'") from None
+    return bm25s
+
+
 class Bm25Index:
     """BM25 (bm25s, Lucene's variant) over one text per document.
 
@@ -71,8 +80,7 @@ class Bm25Index:
         b: float = 0.75,
         metadata: Mapping[str, Any] | None = None,
     ):
-        import bm25s
-
+        bm25s = _library()
         self.ids = check_documents(ids, len(texts))
         self.metadata = dict(metadata or {})
         self._settings = {"k1": k1, "b": b}
@@ -87,9 +95,7 @@ class Bm25Index:
 
     @staticmethod
     def _words(texts: Sequence[str]) -> list[list[str]]:
-        import bm25s
-
-        tokens = bm25s.tokenize(list(texts), stopwords="en", return_ids=False, show_progress=False)
+        tokens = _library().tokenize(list(texts), stopwords="en", return_ids=False, show_progress=False)
         return [[stem(str(word)) for word in words] for words in tokens]
 
     def search(
@@ -132,12 +138,10 @@ class Bm25Index:
     @classmethod
     def load(cls, directory: str | Path) -> "Bm25Index":
         """Reads a saved folder. Raises: InputError as `ExactIndex.load`."""
-        import bm25s
-
         index = cls.__new__(cls)
         index.ids, index._settings, index.metadata = read_index(directory, cls.kind)
         try:
-            index._model = bm25s.BM25.load(str(Path(directory) / "bm25"))
+            index._model = _library().BM25.load(str(Path(directory) / "bm25"))
         except (OSError, ValueError, KeyError, EOFError) as error:
             raise InputError(f"{directory} is damaged ({error}); build the index again") from None
         return index

@@ -13,6 +13,8 @@ from jaxsearch.retrieval.lexical import Bm25Index, best_of
 
 Source = Literal["embedding", "bm25"]
 SOURCES: tuple[Source, ...] = ("embedding", "bm25")
+RETRIEVE_DEPTH = 100
+"""Candidates of a query, unless a request asks for another number."""
 SIGNAL_OF: Mapping[str, str] = {"embedding": "similarity", "bm25": "bm25"}
 """The signal that each source gives."""
 

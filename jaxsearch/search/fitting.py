@@ -1,8 +1,8 @@
 """Fits the orders of a search on graded queries, states what each reaches, and chooses the one to serve.
 
-The weighted sum of the first stage is the baseline: its one weight is fitted on all queries that it is stated on. What
-has to beat it is stated by cross-fitting: the ranker's share, which each query is measured with, was chosen without the
-query's fold. Both sides of a comparison see the candidates of the same sum, so that its optimism cancels.
+The weighted sum of the first stage is the baseline: its one weight is fitted on all queries that it is stated on.
+`sum+ranker`, which has to beat it, is stated by cross-fitting: the ranker's share, which each query is measured with,
+was chosen without the query's fold. It sorts the candidates of the same sum, whose optimism is on both sides.
 """
 
 import dataclasses
@@ -15,7 +15,7 @@ from jaxsearch.calibration import calibration_error, fit_isotonic
 from jaxsearch.data.records import Qrels
 from jaxsearch.errors import InputError
 from jaxsearch.metrics import HEADLINE, Interval, PerQuery, bootstrap_ci, paired_bootstrap, rank_metrics
-from jaxsearch.search.candidates import Candidates
+from jaxsearch.search.candidates import RETRIEVE_DEPTH, Candidates
 from jaxsearch.search.orders import NAMES, UNFITTED, Order, Orders, arrange, head_of
 
 BASELINE = "sum"
@@ -24,7 +24,7 @@ LEAST_QUERIES = 20
 """Fewer queries cannot tell orders apart: the bootstrap's interval over a handful of them is far too narrow."""
 NUM_FOLDS = 5
 SHARES = tuple(step / 20 for step in range(21))
-"""Shares of BM25 in `sum` that are tried, and but for the first those of the ranker in `sum+ranker`."""
+"""What is tried: shares of BM25 in `sum`, and, without the first, shares of the ranker in `sum+ranker`."""
 RankerScores = Mapping[str, Float[np.ndarray, "ranked"]]
 """By query, the ranker's scores of the first stage's best candidates, in its order."""
 
@@ -64,10 +64,11 @@ class GradedCandidates:
     def arranged(
         self, query: str, order: Order, first: Order, ranker_scores: RankerScores | None
     ) -> tuple[list[str], Float[np.ndarray, "c"]]:
-        """Ids of a query's candidates, best first, and their scores: those that a search in this order would find."""
+        """Ids of what a search in this order finds by default, best first, and their scores."""
         found = self.candidates[query].found_by(order.sources)
         places, scores = arrange(found, order, first, () if ranker_scores is None else ranker_scores[query])
-        return [self.ids[int(position)] for position in found.positions[places]], scores
+        positions = found.positions[places[:RETRIEVE_DEPTH]]
+        return [self.ids[int(position)] for position in positions], scores[:RETRIEVE_DEPTH]
 
     def values(
         self, order: Order, first: Order | None = None, ranker_scores: RankerScores | None = None

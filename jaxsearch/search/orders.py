@@ -25,8 +25,9 @@ from jaxsearch.calibration import IsotonicMap
 from jaxsearch.errors import InputError
 from jaxsearch.metrics import Interval
 from jaxsearch.retrieval.fusion import reciprocal_rank_fusion
-from jaxsearch.search.candidates import SOURCES, Candidates, Source
+from jaxsearch.search.candidates import SIGNAL_OF, SOURCES, Candidates, Source
 
+SIGNALS = frozenset({*SIGNAL_OF.values(), "ranker"})
 NAMES = ("bm25", "encoder", "rrf", "sum", "ranker", "sum+ranker")
 
 
@@ -117,6 +118,16 @@ class Orders:
     rank_depth: int = 20
     plain: str = "rrf"
 
+    def __post_init__(self) -> None:
+        """Raises: InputError for orders that could not be served."""
+        if missing := [order.name for order in UNFITTED if order.name not in self.orders]:
+            raise InputError(f"the order {missing[0]!r} is missing")
+        for name, order in self.orders.items():
+            if name != order.name or not set(order.weights) <= SIGNALS:
+                raise InputError(f"order {name!r} is not one of the weights of {', '.join(sorted(SIGNALS))}")
+        for name in (self.default, self.plain):
+            self[name]
+
     @classmethod
     def unfitted(cls, why: str = "nothing was fitted", *, rank_depth: int = 20) -> "Orders":
         """Reciprocal rank fusion, where no grades tell what is better; `why` there are none stands in the reason."""
@@ -148,8 +159,6 @@ class Orders:
         if self[self.default].uses_ranker:
             return self[self.default]
         among = [order for order in self.orders.values() if order.uses_ranker]
-        if not among:
-            raise InputError("this bundle has no order with a ranker")
         return max(among, key=lambda order: order.validation.value if order.validation else 0.0)
 
     def to_json(self) -> dict[str, Any]:
@@ -167,7 +176,7 @@ class Orders:
         try:
             stated = json.loads(path.read_text(encoding="utf-8"))
             orders = {entry["name"]: Order.from_json(entry) for entry in stated["orders"]}
-            found = cls(
+            return cls(
                 orders,
                 stated["default"],
                 stated["reason"],
@@ -176,9 +185,6 @@ class Orders:
             )
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise InputError(f"{path} holds no orders ({error!r}); export the bundle again") from error
-        for name in (found.default, found.plain):
-            found[name]
-        return found
 
 
 def arrange(

@@ -17,101 +17,25 @@ from jaxsearch.data.prompts import PromptTokens
 from jaxsearch.data.records import Document
 from jaxsearch.data.verticals import Vertical
 from jaxsearch.encoder import TextEncoder
-from jaxsearch.errors import InputError
 from jaxsearch.ranker import TextRanker
 from jaxsearch.retrieval.exact import ExactIndex
 from jaxsearch.retrieval.fusion import RANK_CONSTANT
 from jaxsearch.retrieval.lexical import Bm25Index
 from jaxsearch.scoring.prefill import PrefillScorer, ScoreRequest
-from jaxsearch.search.candidates import SIGNAL_OF, SOURCES, Candidates, Source, find_candidates
+from jaxsearch.search.candidates import (
+    SIGNAL_OF,
+    SOURCES,
+    Candidates,
+    Source,
+    find_candidates,
+)
 from jaxsearch.search.filters import Columns
-from jaxsearch.search.orders import Order, Orders, arrange, head_of
+from jaxsearch.search.orders import Order, Orders, arrange
+from jaxsearch.search.requests import Plan, PlanError, SearchReply, SearchRequest, SearchResult
 
-RETRIEVE_DEPTH = 100
 QUERIES_AT_ONCE = 64
 ALONE: Mapping[Source, str] = {"embedding": "encoder", "bm25": "bm25"}
 """The order of a source on its own."""
-
-
-@dataclasses.dataclass(frozen=True)
-class SearchRequest:
-    """One question to a bundle, and how it is to be answered.
-
-    Attributes:
-      query: its text.
-      top_k: results, at most.
-      filter: see `filters`; None: every document.
-      order: one of the bundle's orders; empty: the bundle's default, or what `sources` and `rank_depth` imply.
-      sources: where candidates come from; None: from all that the order reads.
-      retrieve_depth: candidates of each source.
-      rank_depth: candidates that the ranker scores; None: as the bundle says; 0: no ranker.
-      facets: fields whose values are counted among the candidates.
-      fields: document fields to return; None: all.
-      explain: say of each result which source found it, at which rank, with which score.
-    """
-
-    query: str
-    top_k: int = 10
-    filter: Mapping[str, Any] | None = None
-    order: str = ""
-    sources: Sequence[str] | None = None
-    retrieve_depth: int = RETRIEVE_DEPTH
-    rank_depth: int | None = None
-    facets: Sequence[str] = ()
-    fields: Sequence[str] | None = None
-    explain: bool = False
-
-
-@dataclasses.dataclass(frozen=True)
-class Plan:
-    """How a request is answered: its order, the order that picks what the ranker scores, sources and depths."""
-
-    order: Order
-    first: Order
-    sources: tuple[Source, ...]
-    retrieve_depth: int
-    rank_depth: int
-
-    def cut(self, found: Candidates) -> Candidates:
-        """The best of the first stage among what the sources found, as many as the depth of retrieval."""
-        return found.at(np.sort(head_of(found, self.first, self.retrieve_depth)))
-
-    def to_rank(self, candidates: Candidates) -> list[int]:
-        """Positions of the documents that the ranker scores, in the order of the first stage."""
-        return candidates.positions[head_of(candidates, self.first, self.rank_depth)].tolist()
-
-
-@dataclasses.dataclass
-class SearchResult:
-    """One document.
-
-    `score` is the calibrated probability that it is relevant; without a calibration the ranker's own probability or the
-    order's raw score; None below the ranking depth. `scores["relevance"]["raw"]` is what sorts.
-    """
-
-    id: str
-    rank: int
-    score: float | None
-    scores: dict[str, dict[str, float | None]]
-    fields: dict[str, Any]
-    matched: list[str]
-    truncated: bool
-    explain: dict[str, Any] | None = None
-
-
-@dataclasses.dataclass
-class SearchReply:
-    """Results, best first, and what happened on the way.
-
-    `total` counts the candidates; `starved` says that fewer documents pass the filter than were asked for.
-    """
-
-    results: list[SearchResult]
-    order: str
-    facets: dict[str, list[dict[str, Any]]]
-    total: int
-    depth_used: dict[str, int]
-    starved: bool
 
 
 class Searcher:
@@ -120,7 +44,7 @@ class Searcher:
     Args:
       documents: the corpus, in the order of `index`.
       index: embeddings of the documents by `encoder`.
-      bm25: words of the documents; None: embeddings alone find candidates.
+      bm25: words of the documents; None: `search` refuses orders that need them, `find_all` has embeddings alone.
       orders: see `orders`.
       ranker: of the orders that use one; None: those orders are refused.
       make_scorer: gives the ranker's scorer for `rank`, at its first use.
@@ -146,8 +70,12 @@ class Searcher:
         self.orders = orders
         self.ranker = ranker
         self._make_scorer = make_scorer
-        self.columns = Columns(documents)
         self._items: dict[int, tuple[list[int], bool]] = {}
+
+    @functools.cached_property
+    def columns(self) -> Columns:
+        """The fields that filters and facets read."""
+        return Columns(self.documents)
 
     @functools.cached_property
     def scorer(self) -> PrefillScorer:
@@ -176,7 +104,7 @@ class Searcher:
     def plan(self, request: SearchRequest) -> Plan:
         """Resolves order, sources and depths.
 
-        Raises: InputError for an unknown order or source, an order that does not go with the sources or the depth, or
+        Raises: PlanError for an unknown order or source, an order that does not go with the sources or the depth, or
         a number that is too small.
         """
         for name, value, least in (
@@ -185,34 +113,43 @@ class Searcher:
             ("rank_depth", request.rank_depth or 0, 0),
         ):
             if value < least:
-                raise InputError(f"{name} must be at least {least}, not {value}")
+                raise PlanError(name, f"{name} must be at least {least}, not {value}")
+        if isinstance(request.sources, str):
+            raise PlanError("sources", f"sources must be a list, [{request.sources!r}]")
         if request.sources is not None and not request.sources:
-            raise InputError(f"sources is empty; give some of {', '.join(SOURCES)}, or leave it out")
+            raise PlanError(
+                "sources", f"sources is empty; give some of {', '.join(SOURCES)}, or leave it out"
+            )
         if wrong := sorted(set(request.sources or ()) - set(SOURCES)):
-            raise InputError(f"unknown source {wrong[0]!r}; sources are {', '.join(SOURCES)}")
+            raise PlanError("sources", f"unknown source {wrong[0]!r}; sources are {', '.join(SOURCES)}")
         order = self._order(request)
         wanted = request.sources or order.sources
         sources: tuple[Source, ...] = tuple(source for source in SOURCES if source in wanted)
         if missing := [s for s in SOURCES if SIGNAL_OF[s] in order.weights and s not in sources]:
-            raise InputError(f"order {order.name!r} reads {' and '.join(missing)}, which sources leave out")
+            told = f"order {order.name!r} reads {' and '.join(missing)}, which sources leave out"
+            raise PlanError("order", told)
         if "bm25" in sources and self.bm25 is None:
-            raise InputError("there is no BM25 index here; search by embedding alone")
+            raise PlanError("sources", "there is no BM25 index here; search by embedding alone")
         retrieve_depth = min(request.retrieve_depth, len(self.documents))
         if not order.uses_ranker:
             if request.rank_depth:
-                raise InputError(f"order {order.name!r} uses no ranker: leave the rank depth out, or set 0")
+                told = f"order {order.name!r} uses no ranker: leave the rank depth out, or set 0"
+                raise PlanError("rank_depth", told)
             return Plan(order, order, sources, retrieve_depth, 0)
         if self.ranker is None:
-            raise InputError(f"order {order.name!r} needs a ranker, and there is none")
+            raise PlanError("order", f"order {order.name!r} needs a ranker, and there is none")
         rank_depth = self.orders.rank_depth if request.rank_depth is None else request.rank_depth
         if not rank_depth:
-            raise InputError(f"order {order.name!r} needs a rank depth of 1 or more, not 0")
+            raise PlanError("rank_depth", f"order {order.name!r} needs a rank depth of 1 or more, not 0")
         first = self.orders.first_stage if sources == SOURCES else self.orders[ALONE[sources[0]]]
         return Plan(order, first, sources, retrieve_depth, min(rank_depth, retrieve_depth))
 
     def _order(self, request: SearchRequest) -> Order:
         """The order that is named, or that sources and depth imply."""
         if request.order:
+            if request.order not in self.orders.orders:
+                told = f"unknown order {request.order!r}; there are {', '.join(self.orders.orders)}"
+                raise PlanError("order", told)
             return self.orders[request.order]
         if request.sources is not None and len(set(request.sources)) == 1:
             alone = next(ALONE[source] for source in SOURCES if source in request.sources)

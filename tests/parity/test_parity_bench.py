@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-import math
 
 import pytest
 
@@ -22,7 +21,7 @@ def test_all_ways_score_alike_and_say_what_they_compute(tmp_path):
     for (dtype, name), row in rows.items():
         rounded = dtype == "float32" and "flash" in name
         assert row["largest_difference"] <= (ways.F16_AGREEMENT if rounded else ways.AGREEMENT[dtype])
-        assert 0 < row["share_of_peak"]["median"] < math.inf  # clocks of a busy machine
+        assert row["share_of_peak"]["median"] > 0
         assert (row["speed"]["minimum"] == 1.0) == ((dtype, name) == ("float32", bench.BASE))
     launches = {row["dtype"]: row for row in report["launches"]}
     assert list(launches) == ["float32", "bfloat16", "int8"]
