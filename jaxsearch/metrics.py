@@ -90,7 +90,7 @@ def rank_metrics(
       threshold: documents of this grade or above are relevant for recall, MRR and precision.
       metrics: names `<metric>@<cut-off>`. `ndcg` has gain = grade, `ndcg_exp` gain = 2**grade - 1; both
         discount by log2(rank + 1) and divide by the best ordering of all graded documents. `poor_match_rate`
-        is the share of places down to the cut-off without a document of grade 2 or above, empty ones included.
+        is the share of places down to the cut-off without a document of grade 2 (of `threshold`, if lower) or above.
       engine: ir_measures (over trec_eval) or the NumPy implementation below, which equals it within 1e-6;
         None takes ir_measures where it is installed.
 
@@ -122,7 +122,7 @@ def rank_metrics(
     for name, measure in measures.items():
         if measure.kind == "poor_match_rate":
             values[name] = {
-                query: _poor_match_rate(rankings[query], grades, measure.depth)
+                query: _poor_match_rate(rankings[query], grades, measure.depth, min(POOR_BELOW, threshold))
                 for query, grades in qrels.items()
             }
     return {
@@ -201,12 +201,12 @@ def _dcg(gains: Sequence[float]) -> float:
     return math.fsum(gain / math.log2(rank + 2) for rank, gain in enumerate(gains))
 
 
-def _poor_match_rate(ranking: Sequence[str], grades: Mapping[str, int], depth: int) -> float:
-    good = sum(grades.get(document, 0) >= POOR_BELOW for document in ranking[:depth])
+def _poor_match_rate(ranking: Sequence[str], grades: Mapping[str, int], depth: int, least: int) -> float:
+    good = sum(grades.get(document, 0) >= least for document in ranking[:depth])
     return (depth - good) / depth
 
 
-def poor_match_floor(qrels: Qrels, *, depth: int = 10) -> float:
+def poor_match_floor(qrels: Qrels, *, threshold: int = POOR_BELOW, depth: int = 10) -> float:
     """Mean poor match rate@`depth` of a perfect ranking; no ranking has less.
 
     Example: one good document for ten places.
@@ -216,7 +216,7 @@ def poor_match_floor(qrels: Qrels, *, depth: int = 10) -> float:
     """
     if not qrels:
         raise InputError("no queries: give qrels with at least one")
-    good = [sum(grade >= POOR_BELOW for grade in grades.values()) for grades in qrels.values()]
+    good = [sum(g >= min(POOR_BELOW, threshold) for g in grades.values()) for grades in qrels.values()]
     return float(np.mean([max(0, depth - count) / depth for count in good]))
 
 

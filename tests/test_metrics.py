@@ -129,6 +129,15 @@ def test_empty_places_are_poor_so_that_no_short_list_is_below_the_floor():
     ]
     assert [values["poor_match_rate@10"]["q"] for values in found] == [1.0, 0.9, 0.9, 0.8]
     assert metrics.poor_match_floor(QRELS) == 0.8
+
+
+def test_where_grade_1_is_relevant_it_is_no_poor_match():
+    qrels, run = {"q": {"a": 1, "b": 0}}, {"q": {"a": 2.0, "b": 1.0}}
+    for threshold, rate in ((1, 0.9), (2, 1.0), (3, 1.0)):
+        values = metrics.rank_metrics(qrels, run, threshold=threshold, metrics=("poor_match_rate@10",))
+        assert (
+            values["poor_match_rate@10"]["q"] == metrics.poor_match_floor(qrels, threshold=threshold) == rate
+        )
     assert metrics.rank_metrics(QRELS, {}, threshold=2)["poor_match_rate@10"] == {"q": 1.0}
 
 

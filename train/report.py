@@ -39,8 +39,8 @@ TITLES = {
     "poor_match_rate@10": "poor@10",
 }
 LEGEND = (
-    "poor@10: share of the first ten places without a document of grade 2 or above, empty ones included; no system has "
-    "less than a perfect ranking",
+    "poor@10: share of the first ten places without a document of grade 2 or above (grade 1 where that is relevant), "
+    "empty ones included; no system has less than a perfect ranking",
     "NDCG@10 differences: a star where the 95 % interval, paired over queries, excludes 0 before rounding",
 )
 
@@ -174,7 +174,7 @@ def evaluate_group(
         results[column] = ColumnResult(
             num_documents=len(documents),
             num_queries={metric: len(values[baseline][metric]) for metric in METRICS},
-            poor_match_floor=poor_match_floor(own),
+            poor_match_floor=poor_match_floor(own, threshold=threshold),
             means={
                 system: {
                     metric: float(np.mean(list(scores.values()))) if scores else math.nan
