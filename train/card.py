@@ -68,7 +68,12 @@ def model_card(facts: CardFacts) -> str:
             lines += [f"This {kind} {other}.", ""]
         lines += [f"- {key}: {value}" for key, value in _flat(card.get("trained", {})).items()]
     lines += ["", "## Order", "", *_orders(facts.orders)]
-    lines += ["", QUALITY, "", "Not measured yet: train.evaluate does, and writes it here."]
+    lines += [
+        "",
+        QUALITY,
+        "",
+        "Not measured on all test queries yet: train.evaluate does, and writes it here.",
+    ]
     lines += ["", "## Calibration", ""]
     lines += [f"- {key}: {value}" for key, value in facts.calibration.items()] or ["None was fitted."]
     lines += ["", "## Speed", ""]

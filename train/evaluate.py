@@ -304,8 +304,11 @@ def put_into_card(config: EvaluateConfig, bundle: Bundle, written: dict[str, Any
     Only a table of all test queries with what is served and all of the bundle's orders belongs there.
     """
     wanted = {"served", *bundle.orders.orders} & set(ROWS_OF_BUNDLE)
-    if (config.split, config.num_queries) != ("test", 0) or not wanted <= set(config.systems):
-        return "not put into the bundle's card, whose table has all test queries, served, and each order of the bundle"
+    kept = "not put into the bundle's card, which keeps what it has: its table is for"
+    if (config.split, config.num_queries) != ("test", 0):
+        return f"{kept} all test queries, and this one is for {config.num_queries or 'all'} of split {config.split}"
+    if lacking := [name for name in (*NAMES, "served") if name in wanted - set(config.systems)]:
+        return f"{kept} served and all orders of the bundle, and this one lacks {', '.join(lacking)}"
     try:
         if revision_of(config.bundle) != bundle.revision:
             return f"not put into the card of {config.bundle}: it was exported again meanwhile"

@@ -384,8 +384,9 @@ def main(config: RankerConfig, workdir: Path) -> None:
     save_ranker(workdir / "model", ranker, trained=trained)
     write_json(workdir / "report.json", report)
     say(
-        f"validation NDCG@10: {report['validation']['ndcg@10']:.3f} (the first stage's order: "
-        f"{report['first_stage']['ndcg@10']:.3f})\nmodel: {workdir / 'model'}"
+        f"NDCG@10 of the first stage's best {config.check_depth} on {len(evaluate.queries)} validation queries: "
+        f"{report['validation']['ndcg@10']:.3f} in the ranker's order, {report['first_stage']['ndcg@10']:.3f} as they "
+        f"come\nmodel: {workdir / 'model'}"
     )
     if report["validation"]["ndcg@10"] < report["first_stage"]["ndcg@10"]:
         say(

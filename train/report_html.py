@@ -118,6 +118,7 @@ def write_html(
         curves=curves,
         system=shown.system,
         has_judge=bool(shown.judged),
+        num_judged=len(shown.judged),
         samples=samples(shown, collection, vertical),
     )
     path.write_text(text, encoding="utf-8")
