@@ -220,9 +220,7 @@ def test_hidden_states_need_a_ranker_of_the_same_width(world, tmp_path):
 
 def test_a_sweep_measures_every_point_beside_the_whole_and_goes_on(world, tmp_path, capsys):
     points = (
-        sweep.Point("neurons", mlp_dim=10),
-        sweep.Point("by magnitude", mlp_dim=10, method="magnitude"),
-        sweep.Point("layer, healed", drop_layers=1, heal_steps=2),
+        sweep.Point("neurons", mlp_dim=10, method="magnitude"),
         sweep.Point("layer, healed by states", drop_layers=1, heal_steps=2, hidden_weight=2.0),
     )
     cut = prune_config(world, drop_layers=0, mlp_dim=0, num_heads=0)
@@ -233,10 +231,10 @@ def test_a_sweep_measures_every_point_beside_the_whole_and_goes_on(world, tmp_pa
     sweep.main(config, tmp_path)
     rows = {row["name"]: row for row in json.loads((tmp_path / "report.json").read_text())["rows"]}
     assert list(rows) == ["whole", *(point.name for point in points)]
-    assert [row["layers"] for row in rows.values()] == [2, 2, 2, 1, 1]
-    assert [row["mlp_dim"] for row in rows.values()] == [24, 10, 10, 24, 24]
-    assert [row["heal_steps"] for row in rows.values()] == [0, 0, 0, 2, 2]
-    assert [row["hidden_weight"] for row in rows.values()] == [0, 0, 0, 0, 2]
+    assert [row["layers"] for row in rows.values()] == [2, 2, 1]
+    assert [row["mlp_dim"] for row in rows.values()] == [24, 10, 24]
+    assert [row["heal_steps"] for row in rows.values()] == [0, 0, 2]
+    assert [row["hidden_weight"] for row in rows.values()] == [0, 0, 2]
     (shown,) = (tmp_path / "points" / "osscar-1-0-0-0").glob("healed-2-2.0/metrics.jsonl")
     assert "hidden_error" in json.loads(shown.read_text().splitlines()[0])
     assert rows["whole"]["difference"] == [0.0] * 3
