@@ -69,7 +69,7 @@ class SearchService:
         return int(plan.rank_depth * self._mean_item_tokens)
 
     async def search(
-        self, body: SearchBody, plan: Plan, run: RunJob, deadline: float | None = None
+        self, body: SearchBody, plan: Plan, run: RunJob, deadline: float | None
     ) -> dict[str, Any]:
         """The reply to one search, answered by `plan`.
 

@@ -4,12 +4,15 @@ import dataclasses
 import sys
 
 import pytest
+from flax import nnx
 
 from jaxsearch.data.sources import load_collection
 from jaxsearch.data.verticals import load_vertical
-from jaxsearch.encoder import load_encoder
+from jaxsearch.encoder import Encoder, load_encoder
+from jaxsearch.nn.bert import Bert
 from tests.tiny_bundle import write_parts
 from tests.tiny_collection import write_words
+from train.encoder import SeenCorpus
 from train.first_stage import open_first_stage
 
 UNSEEN = frozenset(f"d{number:02}" for number in range(0, 40, 4))
@@ -73,3 +76,18 @@ def test_without_bm25s_embeddings_find_candidates_alone(parts, monkeypatch, caps
     [mined] = stage.mine([query], depth=3).values()
     hits = stage.searcher.index.search(encoder.embed_queries([query.text]), 3, stage.seen())
     assert list(mined) == [stage.searcher.index.ids[position] for position in hits.positions[0].tolist()]
+
+
+def test_an_encoder_mines_with_the_weights_that_it_has_now(parts):
+    collection, vertical, encoder = parts
+    corpus = SeenCorpus(encoder, collection, vertical, view="short")
+    queries = collection.split("validation")[:3]
+    before = corpus.mine(queries, depth=5)
+    assert not any(UNSEEN & found.keys() for found in before.values())
+    other = Encoder(Bert(encoder.encoder.backbone.config, rngs=nnx.Rngs(9)))
+    corpus.use_weights(other)
+    changed = corpus.mine(queries, depth=5)
+    assert changed != before
+    assert changed == SeenCorpus(encoder, collection, vertical, view="short").mine(queries, depth=5)
+    corpus.use_weights(encoder.encoder)
+    assert corpus.mine(queries, depth=5) == before

@@ -8,7 +8,7 @@ import pytest
 from jaxsearch.errors import InputError
 from jaxsearch.files import write_json
 from jaxsearch.metrics import Interval
-from jaxsearch.search.candidates import Candidates
+from jaxsearch.search.candidates import RETRIEVE_DEPTH, Candidates
 from jaxsearch.search.fitting import (
     LEAST_QUERIES,
     GradedCandidates,
@@ -249,6 +249,22 @@ def test_the_best_order_of_each_sort_is_found_without_measurements_too():
     assert (forced.retrieval.name, forced.ranked.name) == ("bm25", "ranker")
 
 
+def test_an_order_is_calibrated_on_what_a_search_lists():
+    """Both sources together found more than that."""
+    positions = np.arange(2 * RETRIEVE_DEPTH)
+    similarity = np.linspace(1.0, 0.0, len(positions))
+    signals = {"similarity": similarity, "bm25": similarity}
+    ranks = {"embedding": positions + 1, "bm25": positions + 1}
+    ids = [f"d{position:03}" for position in positions]
+    qrels = {"q": {ids[0]: 4, ids[-1]: 4}}
+    graded = GradedCandidates({"q": Candidates(positions, signals, ranks)}, ids, qrels, 2)
+    first = Order("sum", {"similarity": 0.5, "bm25": 0.5})
+    for order, ranked in ((first, None), (Order("ranker", {"ranker": 1.0}), {"q": np.zeros(150)})):
+        scores, is_relevant = graded.pairs(["q"], order, first, ranked)
+        assert len(scores) == RETRIEVE_DEPTH
+        assert is_relevant.sum() == 1
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
@@ -257,9 +273,9 @@ def test_the_best_order_of_each_sort_is_found_without_measurements_too():
         ({"plain": "sum"}, "unknown order 'sum'"),
         (
             {"orders": {**Orders.unfitted().orders, "sum": Order("sum", {"age": 1.0})}},
-            "order 'sum' is not one of",
+            "order 'sum' .* weighs more than bm25, ranker, similarity",
         ),
-        ({"orders": {**Orders.unfitted().orders, "sum": UNFITTED[0]}}, "order 'sum' is not one of"),
+        ({"orders": {**Orders.unfitted().orders, "sum": UNFITTED[0]}}, "order 'sum' has another name inside"),
     ],
 )
 def test_orders_that_could_not_be_served_are_refused(changes, message):

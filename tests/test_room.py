@@ -1,5 +1,6 @@
 """What a request is taken to need: embeddings by the encoder's rate, a search by all that it will rank."""
 
+import asyncio
 import concurrent.futures
 import threading
 import time
@@ -7,8 +8,11 @@ import time
 import pytest
 
 from jaxsearch.bundle import load_bundle
+from serve.batcher import DeadlineExceeded
 from serve.engine import Engine
 from serve.handlers import CHARACTERS_PER_TOKEN, Limits
+from serve.protocol import SearchBody
+from serve.search import SearchService
 from serve.telemetry import Telemetry
 from tests.live_server import device, serving
 from tests.tiny_bundle import write_tiny_bundle
@@ -103,3 +107,19 @@ def test_more_searches_than_the_host_can_do_are_refused(engine):
         gate.set()
         assert first.result(30).status_code == 200
         assert client.post("/v1/search", json=SEARCH | {"order": "bm25"}).status_code == 200
+
+
+def test_a_search_that_waits_for_the_host_is_given_up_at_its_deadline(engine):
+    gate, body = threading.Event(), SearchBody(query="bread", order="bm25")
+
+    async def never(_):
+        raise AssertionError("words alone need no device")
+
+    with concurrent.futures.ThreadPoolExecutor(1) as host:
+        service = SearchService(engine, host, max_searches=1)
+        host.submit(gate.wait, 30)
+        plan = service.plan(body)
+        with pytest.raises(DeadlineExceeded):
+            asyncio.run(service.search(body, plan, never, time.monotonic() + 0.05))
+        gate.set()
+        assert asyncio.run(service.search(body, plan, never, None))["results"]

@@ -14,6 +14,7 @@ from jaxsearch.data.verticals import Vertical
 from jaxsearch.ranker import TextRanker
 from jaxsearch.scoring.prefill import PrefillScorer, ScoreRequest
 from jaxsearch.search.orders import Orders
+from train.first_stage import MOST_QUERIES
 from train.report import markdown_table, quality_rows
 from train.speed import spread, timed
 
@@ -136,7 +137,8 @@ def _orders(orders: Orders) -> list[str]:
         orders.reason,
         "",
         "NDCG@10 on validation queries and seen documents, with 95 % intervals. The weight of sum is fitted on these "
-        "and, where there are more, on up to 500 validation queries; the ranker's share in sum+ranker is cross-fitted.",
+        f"and, where there are more, on up to {MOST_QUERIES} validation queries; the ranker's share in sum+ranker is "
+        "cross-fitted.",
         "",
         *_table(rows),
     ]

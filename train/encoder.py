@@ -43,7 +43,7 @@ from train.processes import leave_to_main
 from train.step import batch_pieces
 from train.workdir import claim
 
-METRICS = ("ndcg@10", "recall@100")
+VALIDATION_METRICS = ("ndcg@10", "recall@100")
 """What a round is judged by, on the validation queries and seen documents."""
 
 
@@ -197,7 +197,9 @@ def main(config: EncoderConfig, workdir: Path) -> None:
 
     def evaluate(model: Encoder) -> dict[str, float]:
         corpus.use_weights(model)
-        return validate(collection, vertical, held_out, corpus.mine(held_out, depth=RETRIEVE_DEPTH), METRICS)
+        return validate(
+            collection, vertical, held_out, corpus.mine(held_out, depth=RETRIEVE_DEPTH), VALIDATION_METRICS
+        )
 
     report = {"before": evaluate(encoder)}
     kept, best = "before", jax.tree.map(np.array, nnx.state(encoder))
@@ -218,7 +220,7 @@ def main(config: EncoderConfig, workdir: Path) -> None:
             evaluate=evaluate,
         )
         steps += result.step
-        report[f"round-{number}"] = {name: result.metrics[name] for name in METRICS}
+        report[f"round-{number}"] = {name: result.metrics[name] for name in VALIDATION_METRICS}
         if report[f"round-{number}"]["ndcg@10"] > report[kept]["ndcg@10"]:
             kept, best = f"round-{number}", jax.tree.map(np.array, nnx.state(encoder))
         else:

@@ -30,7 +30,7 @@ from train import plots, report, report_stages
 from train.card import with_quality
 from train.config import Count, CountOrNone
 from train.first_stage import draw
-from train.inputs import check_view, load_data, qrels_of
+from train.inputs import check_view, load_data
 from train.options import run
 from train.report_html import Shown, training_curves, write_html
 from train.systems import Systems, check_server, order_runs, served_run, server_run
@@ -206,7 +206,7 @@ def collect_runs(
         seconds[name] = time.monotonic() - started
     facts["data"] = systems.collection.fingerprint()
     facts["seconds"] = {system: round(value, 2) for system, value in seconds.items()}
-    qrels, threshold = qrels_of(systems.collection, queries), systems.vertical.relevant_threshold
+    qrels, threshold = systems.collection.qrels_of(queries), systems.vertical.relevant_threshold
     first_stages = {name: run for name, run in runs.items() if name.startswith("bm25:") or name == "minilm"}
     first_stages |= {name: by_order[name] for name in FIRST_STAGES if name in by_order}
     facts["first_stage"] = report_stages.first_stage_rows(first_stages, qrels, threshold=threshold)
@@ -236,13 +236,13 @@ def build_groups(
         "num_samples": config.num_samples,
         "seed": config.seed,
     }
-    name, qrels = f"{config.split} queries", qrels_of(collection, queries)
+    name, qrels = f"{config.split} queries", collection.qrels_of(queries)
     groups = [report.evaluate_group(name, runs, qrels, columns, **options)]
     if subset_runs:
         both = runs | subset_runs
         order = [name for name in (*config.systems, *runs) if name in both]
         own = {name: both[name] for name in dict.fromkeys(order)}
-        qrels = qrels_of(collection, subset)
+        qrels = collection.qrels_of(subset)
         groups.append(
             report.evaluate_group("queries that the judge ranked too", own, qrels, columns, **options)
         )
@@ -303,12 +303,12 @@ def put_into_card(config: EvaluateConfig, bundle: Bundle, written: dict[str, Any
 
     Only a table of all test queries with what is served and all of the bundle's orders belongs there.
     """
-    wanted = {"served", *bundle.orders.orders} & set(ROWS_OF_BUNDLE)
+    lacking = {"served", *bundle.orders.orders} - {"bm25", *config.systems}
     kept = "not put into the bundle's card, which keeps what it has: its table is for"
     if (config.split, config.num_queries) != ("test", 0):
         return f"{kept} all test queries, and this one is for {config.num_queries or 'all'} of split {config.split}"
-    if lacking := [name for name in (*NAMES, "served") if name in wanted - set(config.systems)]:
-        return f"{kept} served and all orders of the bundle, and this one lacks {', '.join(lacking)}"
+    if lacking:
+        return f"{kept} served and all orders of the bundle, and this one lacks {', '.join(sorted(lacking))}"
     try:
         if revision_of(config.bundle) != bundle.revision:
             return f"not put into the card of {config.bundle}: it was exported again meanwhile"

@@ -123,10 +123,8 @@ def find_orders(config: ExportConfig, stage: FirstStage) -> tuple[Orders, dict[s
                 f"{error}; leave order empty, or export it all the same with --allow-worse"
             ) from None
         except NothingToFitError:
-            if not scores:
-                why = f"all of the {len(queries)} validation queries that were drawn are too long for the ranker"
-            else:
-                why = f"none of the {len(queries)} validation queries that were drawn has a graded seen document"
+            lacking = "has a graded seen document" if scores else "is short enough for the ranker"
+            why = f"none of the {len(queries)} validation queries that were drawn {lacking}"
         else:
             served = orders[orders.default]
             facts: dict[str, float | int] = {"num_queries": len(scores)}

@@ -52,14 +52,12 @@ class FirstStage:
         unseen = self.collection.unseen_documents
         return np.array([key not in unseen for key in self.searcher.index.ids])
 
-    def candidates(
-        self, queries: Sequence[Query], *, depth: int = RETRIEVE_DEPTH, seen_only: bool = True
-    ) -> dict[str, Candidates]:
-        """By query id, what the sources find: the best `depth` documents of each."""
-        return dict(self._found(queries, depth, seen_only))
+    def candidates(self, queries: Sequence[Query]) -> dict[str, Candidates]:
+        """By query id, the seen documents that the sources find."""
+        return dict(self._found(queries, RETRIEVE_DEPTH, seen_only=True))
 
     def _found(
-        self, queries: Sequence[Query], depth: int, seen_only: bool
+        self, queries: Sequence[Query], depth: int, *, seen_only: bool
     ) -> Iterator[tuple[str, Candidates]]:
         texts = [query.text for query in queries]
         found = self.searcher.find_all(texts, depth, self.seen() if seen_only else None)
@@ -67,8 +65,10 @@ class FirstStage:
 
     def graded(self, queries: Sequence[Query]) -> GradedCandidates:
         """Candidates of queries with the grades of their seen documents."""
-        qrels = {query.id: self.collection.qrels.get(query.id, {}) for query in queries}
-        seen = restrict(qrels, self.collection.documents.keys() - self.collection.unseen_documents)
+        seen = restrict(
+            self.collection.qrels_of(queries),
+            self.collection.documents.keys() - self.collection.unseen_documents,
+        )
         return GradedCandidates(self.candidates(queries), self.searcher.index.ids, seen, self.threshold)
 
     def mine(self, queries: Sequence[Query], *, depth: int, seen_only: bool = True) -> Run:
@@ -78,7 +78,7 @@ class FirstStage:
         """
         mined: Run = {}
         wide = max(depth, RETRIEVE_DEPTH)
-        for query_id, found in self._found(queries, wide, seen_only):
+        for query_id, found in self._found(queries, wide, seen_only=seen_only):
             head = found.at(head_of(found, self.order, depth))
             keys = [self.searcher.index.ids[position] for position in head.positions.tolist()]
             mined[query_id] = dict(zip(keys, self.order.scores(head).tolist(), strict=True))

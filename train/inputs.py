@@ -11,7 +11,7 @@ from jaxsearch.buckets import Lattice
 from jaxsearch.checkpoints import read_card
 from jaxsearch.data.assets import licence_of, resolve
 from jaxsearch.data.batches import CandidateSampler
-from jaxsearch.data.records import Collection, FieldValue, Qrels, Query, Run
+from jaxsearch.data.records import Collection, FieldValue, Query, Run
 from jaxsearch.data.sources import load_collection
 from jaxsearch.data.verticals import Vertical, load_vertical
 from jaxsearch.encoder import TextEncoder, load_encoder
@@ -163,10 +163,6 @@ def sample_pairs(
     ]
 
 
-def qrels_of(collection: Collection, queries: Sequence[Query]) -> Qrels:
-    return {query.id: collection.qrels.get(query.id, {}) for query in queries}
-
-
 def pair_texts(
     collection: Collection, vertical: Vertical, pairs: Sequence[tuple[str, str]], *, view: str
 ) -> list[tuple[str, str]]:
@@ -188,7 +184,7 @@ def validate(
 
     Raises: InputError when no query has a relevant one, so that nothing could be measured.
     """
-    seen = restrict(qrels_of(collection, queries), collection.documents.keys() - collection.unseen_documents)
+    seen = restrict(collection.qrels_of(queries), collection.documents.keys() - collection.unseen_documents)
     threshold = vertical.relevant_threshold
     if not any(grade >= threshold for grades in seen.values() for grade in grades.values()):
         raise InputError(

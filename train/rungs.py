@@ -16,7 +16,7 @@ from jaxsearch.data.verticals import Vertical
 from jaxsearch.errors import InputError
 from jaxsearch.metrics import PerQuery, rank_metrics
 from jaxsearch.ranker import TextRanker, label_ids, load_prompt, load_ranker
-from train.inputs import check_view, load_retriever, qrels_of
+from train.inputs import check_view, load_retriever
 from train.ways import SHARED_PREFIX, Request, Way, our_ways, their_ways
 
 
@@ -61,7 +61,7 @@ class Stage:
         ranked: Run = {}
         for query, values in zip(self.queries, scores, strict=True):
             ranked[query.id] = dict(zip(self.candidates[query.id], map(float, values), strict=True))
-        qrels, threshold = qrels_of(self.collection, self.queries), self.vertical.relevant_threshold
+        qrels, threshold = self.collection.qrels_of(self.queries), self.vertical.relevant_threshold
         return rank_metrics(qrels, ranked, threshold=threshold, metrics=("ndcg@10",))["ndcg@10"]
 
 

@@ -27,7 +27,7 @@ from train import prune
 from train import ranker as ranker_trainer
 from train.config import Bound, Count, CountOrNone
 from train.first_stage import open_first_stage
-from train.inputs import load_data, load_retriever, offline_scorer, qrels_of
+from train.inputs import load_data, load_retriever, offline_scorer
 from train.options import progress, run, say
 from train.plots import plot_tradeoff
 from train.prune import PruneConfig
@@ -119,7 +119,7 @@ def measure(
     queries = collection.split("test")[: config.num_queries]
     stage = open_first_stage(collection, vertical, retriever, view=rankers[WHOLE].view)
     candidates = stage.mine(queries, depth=config.depth, seen_only=False)
-    qrels = qrels_of(collection, queries)
+    qrels = collection.qrels_of(queries)
     scorers = {name: offline_scorer(ranker) for name, ranker in rankers.items()}
     values = {}
     with progress("test queries", len(rankers)) as advance:

@@ -12,7 +12,7 @@ heads, in retrieval and losses, `n` is documents.
 import dataclasses
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 NUM_GRADES = 5
 MAX_GRADE = NUM_GRADES - 1
@@ -66,6 +66,10 @@ class Collection:
 
     def grade(self, query_id: str, document_id: str) -> int:
         return self.qrels.get(query_id, {}).get(document_id, 0)
+
+    def qrels_of(self, queries: Sequence[Query]) -> Qrels:
+        """The grades of these queries, empty for one that has none."""
+        return {query.id: self.qrels.get(query.id, {}) for query in queries}
 
     def fingerprint(self) -> str:
         """Twelve hex digits that change when any query (but for its kind), document, grade or split does."""

@@ -124,7 +124,9 @@ class Orders:
             raise InputError(f"the order {missing[0]!r} is missing")
         for name, order in self.orders.items():
             if name != order.name or not set(order.weights) <= SIGNALS:
-                raise InputError(f"order {name!r} is not one of the weights of {', '.join(sorted(SIGNALS))}")
+                raise InputError(
+                    f"order {name!r} has another name inside, or weighs more than {', '.join(sorted(SIGNALS))}"
+                )
         for name in (self.default, self.plain):
             self[name]
 

@@ -17,18 +17,13 @@ from jaxsearch.data.prompts import PromptTokens
 from jaxsearch.data.records import Document
 from jaxsearch.data.verticals import Vertical
 from jaxsearch.encoder import TextEncoder
+from jaxsearch.errors import InputError
 from jaxsearch.ranker import TextRanker
 from jaxsearch.retrieval.exact import ExactIndex
 from jaxsearch.retrieval.fusion import RANK_CONSTANT
 from jaxsearch.retrieval.lexical import Bm25Index
 from jaxsearch.scoring.prefill import PrefillScorer, ScoreRequest
-from jaxsearch.search.candidates import (
-    SIGNAL_OF,
-    SOURCES,
-    Candidates,
-    Source,
-    find_candidates,
-)
+from jaxsearch.search.candidates import SIGNAL_OF, SOURCES, Candidates, Source, find_candidates
 from jaxsearch.search.filters import Columns
 from jaxsearch.search.orders import Order, Orders, arrange
 from jaxsearch.search.requests import Plan, PlanError, SearchReply, SearchRequest, SearchResult
@@ -147,10 +142,10 @@ class Searcher:
     def _order(self, request: SearchRequest) -> Order:
         """The order that is named, or that sources and depth imply."""
         if request.order:
-            if request.order not in self.orders.orders:
-                told = f"unknown order {request.order!r}; there are {', '.join(self.orders.orders)}"
-                raise PlanError("order", told)
-            return self.orders[request.order]
+            try:
+                return self.orders[request.order]
+            except InputError as error:
+                raise PlanError("order", str(error)) from None
         if request.sources is not None and len(set(request.sources)) == 1:
             alone = next(ALONE[source] for source in SOURCES if source in request.sources)
             return self.orders["ranker" if request.rank_depth else alone]
